@@ -1,0 +1,103 @@
+"""What an engine must do, and the choice of one. Importing this imports no engine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol
+
+from ..chat_template import ChatTemplate
+from ..config import EngineSettings
+from ..errors import LMXError
+from ..generation import SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class Sequence:
+    """A request as the backend sees it: `prompt` is never empty, `max_tokens` at least 1, and both
+    together fit in the context."""
+
+    uid: int
+    prompt: list[int]
+    max_tokens: int
+    params: SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class TokenEvent:
+    """One generated token of a sequence. With `finish` set the sequence has left the batch."""
+
+    uid: int
+    text: str
+    """The text this token completes: empty while a UTF-8 character is unfinished, and for the
+    end-of-sequence token. The last event carries whatever was held back."""
+    finish: Literal["stop", "length"] | None = None
+    """`stop` is the model's own end token; stop strings are found outside the backend, in text."""
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceFailed:
+    """The engine failed on this sequence, which is gone from the batch; the others go on."""
+
+    uid: int
+    error: LMXError
+
+
+StepEvent = TokenEvent | SequenceFailed
+
+
+class BackendBroken(Exception):
+    """The engine cannot be trusted any more (a Metal error): the process must be replaced."""
+
+
+class Backend(Protocol):
+    """A loaded model. One thread makes it and calls everything except what is marked otherwise."""
+
+    context_length: int
+    """Tokens of prompt and answer together."""
+    vocabulary_size: int
+    parallel: int
+    """Sequences decoded together; more may be added, they wait in order."""
+    engine: str
+    chat_template: ChatTemplate | None
+
+    def tokenize(self, text: str) -> list[int]:
+        """Token ids of a rendered prompt; control tokens in the text count as such. Any thread.
+
+        Raises:
+            ContextLengthExceeded: the text is so long that it cannot fit, before tokenizing it all.
+        """
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a sequence; it starts in a later `step`."""
+
+    def remove(self, uid: int) -> None:
+        """Forget a sequence, wherever it stands; unknown ones are ignored. No event follows."""
+
+    def step(self) -> list[StepEvent]:
+        """One decode step for every running sequence and at most one slice of prefill.
+
+        Raises:
+            BackendBroken: nothing of this backend may be used any more.
+        """
+
+    def memory(self) -> int:
+        """Bytes the engine holds now."""
+
+    def close(self) -> None:
+        """Free the model."""
+
+
+def load(path: Path, format: str, settings: EngineSettings) -> Backend:
+    """Load the model at `path` on the calling thread.
+
+    Raises:
+        ModelLoadFailed: which file, and why.
+    """
+    if format == "gguf":
+        from .gguf import GGUFBackend
+
+        return GGUFBackend(path, settings)
+    from .mlx import MLXBackend
+
+    return MLXBackend(path, settings)
