@@ -46,6 +46,8 @@ class Load(Command):
     format: str
     """`mlx` or `gguf`."""
     settings: EngineSettings
+    turn: str
+    """The file whose lock is the right to use the GPU, shared by all runners."""
 
 
 class Generate(Command):

@@ -1,0 +1,452 @@
+"""MLX models through mlx-lm's `BatchGenerator`: continuous batching, one sync a step.
+
+The process's main thread loads, steps and frees the model: MLX streams and compiled functions
+belong to a thread. What is known to bite in mlx-lm 0.32 is handled where a comment says so.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import struct
+import sys
+from collections import Counter, deque
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import mlx.core as mx
+import mlx_lm
+from mlx_lm.generate import BatchGenerator
+from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.utils import load_model, load_tokenizer
+from tokenizers import Tokenizer
+from tokenizers.decoders import DecodeStream
+
+from ..chat_template import ChatTemplate
+from ..config import EngineSettings
+from ..errors import ContextLengthExceeded, GenerationFailed, ModelLoadFailed
+from ..generation import SamplingParams
+from . import BackendBroken, Sequence, SequenceFailed, StepEvent, TokenEvent
+
+FALLBACK_CONTEXT_LENGTH: Final = 8192
+"""For a config.json that names no length."""
+
+FIRST_SLICE_TOKENS: Final = 256
+SLICE_TOKENS: Final = (32, 2048)
+"""Bounds of one slice of prefill; the upper one is mlx-lm's default."""
+
+PREFILL_ROWS: Final = 8
+"""Short prompts prefilled together."""
+
+# mlx-lm wires the recommended working set whenever a generator is made, with no way to opt out, and
+# wiring is the best-supported trigger of macOS kernel panics (ml-explore/mlx#3186). The package
+# exports a function of the same name as this module, hence sys.modules.
+_mlx_lm_generate = sys.modules["mlx_lm.generate"]
+if not hasattr(_mlx_lm_generate, "maybe_set_recommended_wired_limit"):
+    raise ImportError("mlx-lm wires memory in a new way: lmx.backends.mlx must learn to prevent it")
+_mlx_lm_generate.maybe_set_recommended_wired_limit = lambda: None  # type: ignore[attr-defined]
+
+
+@dataclass(slots=True)
+class _Row:
+    """A sequence with what it needs to be put back after the batch was lost."""
+
+    sequence: Sequence
+    text: DecodeStream
+    sampler: _Sampler
+    undecoded: list[int] = field(default_factory=list)
+    answer: list[int] = field(default_factory=list)
+
+
+class MLXBackend:
+    def __init__(self, path: Path, settings: EngineSettings) -> None:
+        mx.set_cache_limit(settings.mlx_cache_bytes)
+        if settings.wired_bytes:
+            mx.set_wired_limit(settings.wired_bytes)
+        _check_files(path)
+        try:
+            self._model, config = load_model(path)
+            tokenizer = load_tokenizer(
+                path, {"trust_remote_code": False}, eos_token_ids=config.get("eos_token_id")
+            )
+        except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
+            # Everything a malformed config, tokenizer or weight file was seen to raise.
+            raise ModelLoadFailed(f"{path}: {type(error).__name__}: {error}") from error
+        backend_tokenizer = getattr(tokenizer, "backend_tokenizer", None)
+        if not isinstance(backend_tokenizer, Tokenizer):
+            raise ModelLoadFailed(f"{path / 'tokenizer.json'}: missing, and no other kind is known")
+        self._tokenizer = backend_tokenizer
+        self._longest_token = max(map(len, self._tokenizer.get_vocab()), default=1)
+        self.chat_template = (
+            ChatTemplate(
+                tokenizer.chat_template,
+                bos_token=tokenizer.bos_token or "",
+                eos_token=tokenizer.eos_token or "",
+            )
+            if isinstance(tokenizer.chat_template, str)
+            else None
+        )
+        self.vocabulary_size = self._tokenizer.get_vocab_size()
+        own = _context_length(config)
+        self.context_length = min(own, settings.context_length or own)
+        # BatchGenerator merges caches even for one sequence, so without `merge` nothing runs on it.
+        batchable = all(map(_has_merge, make_prompt_cache(self._model)))
+        if not batchable:
+            raise ModelLoadFailed(f"{path}: this architecture's KV cache cannot be batched")
+        self.parallel = settings.parallel
+        self.engine = f"mlx-lm {mlx_lm.__version__}"
+        self._stop_tokens = [[token] for token in sorted(tokenizer.eos_token_ids)]
+        self._slice_seconds = settings.prefill_slice_seconds
+        self._slice_tokens = FIRST_SLICE_TOKENS
+        self._samplers: dict[tuple[float, int, float, float], _Sampler] = {}
+        self._waiting: deque[_Row] = deque()
+        self._rows: dict[int, _Row] = {}
+        """Rows inside the generator, by its uid."""
+        self._prefilling: set[int] = set()
+        self._generator = self._new_generator()
+
+    def _new_generator(self) -> BatchGenerator:
+        return BatchGenerator(
+            self._model,
+            stop_tokens=self._stop_tokens,
+            completion_batch_size=self.parallel,
+            prefill_batch_size=min(PREFILL_ROWS, self.parallel),
+            prefill_step_size=self._slice_tokens,
+        )
+
+    def tokenize(self, text: str) -> list[int]:
+        at_least = len(text) // self._longest_token
+        if at_least > self.context_length:
+            raise ContextLengthExceeded(
+                f"This model's maximum context length is {self.context_length} tokens, "
+                f"but the prompt has at least {at_least}.",
+                param="messages",
+            )
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def add(self, sequence: Sequence) -> None:
+        self._waiting.append(
+            _Row(
+                sequence,
+                # Primed with the prompt's end, the first token keeps its leading space.
+                DecodeStream(ids=sequence.prompt[-8:], skip_special_tokens=True),
+                self._sampler(sequence.params),
+            )
+        )
+
+    def _sampler(self, params: SamplingParams) -> _Sampler:
+        """The sampler for these parameters. Rows that share the object are sampled in one call."""
+        if params.temperature == 0:
+            key = (0.0, 0, 1.0, 0.0)
+        else:
+            key = (params.temperature, params.top_k, params.top_p, params.min_p)
+            if params.seed is not None:
+                return _Sampler(*key, seed=params.seed)
+        return self._samplers.setdefault(key, _Sampler(*key))
+
+    def remove(self, uid: int) -> None:
+        for row in self._waiting:
+            if row.sequence.uid == uid:
+                self._waiting.remove(row)
+                return
+        for inner, row in self._rows.items():
+            if row.sequence.uid == uid:
+                self._generator.remove([inner])
+                self._forget(inner)
+                return
+
+    def _forget(self, inner: int) -> _Row:
+        self._prefilling.discard(inner)
+        row = self._rows.pop(inner)
+        if not self._rows:
+            self._samplers.clear()
+        return row
+
+    def step(self) -> list[StepEvent]:
+        self._admit()
+        if not self._rows:
+            return []
+        try:
+            if self._prefilling:
+                with self._generator.stats() as stats:
+                    prefilled, generated = self._generator.next()
+                self._size_slice(stats.prompt_tokens, stats.prompt_time)
+            else:
+                prefilled, generated = self._generator.next()
+        except Exception as error:
+            if "[METAL]" in str(error):
+                raise BackendBroken(str(error)) from error
+            return self._recover(error)
+        for progress in prefilled:
+            if progress.end_of_prompt:
+                self._prefilling.discard(progress.uid)
+        return [self._token_event(response) for response in generated]
+
+    def _admit(self) -> None:
+        """Start waiting prompts: one at a time, or several that fit in one slice together.
+
+        Each slice runs between two decode steps, so all running streams wait for it.
+        """
+        if self._prefilling or not self._waiting:
+            return
+        longest = 0
+        while self._waiting and len(self._rows) < self.parallel:
+            longest = max(longest, len(self._waiting[0].sequence.prompt))
+            together = len(self._prefilling) + 1
+            if together > 1 and (
+                together > PREFILL_ROWS or together * longest > self._slice_tokens
+            ):
+                break
+            self._insert(self._waiting.popleft())
+        self._generator.prefill_step_size = self._slice_tokens
+
+    def _insert(self, row: _Row) -> None:
+        sequence = row.sequence
+        row.sampler.drawn = len(row.answer)
+        processors = (
+            [_Adjustments(sequence.params, sequence.prompt, row.answer)]
+            if _adjusts(sequence.params)
+            else []
+        )
+        [inner] = self._generator.insert(
+            [sequence.prompt + row.answer],
+            max_tokens=[sequence.max_tokens - len(row.answer)],
+            samplers=[row.sampler],
+            logits_processors=[processors],
+        )
+        self._rows[inner] = row
+        self._prefilling.add(inner)
+
+    def _size_slice(self, tokens: int, seconds: float) -> None:
+        """Size the next slice of prefill so that it takes about `prefill_slice_seconds`."""
+        if tokens < SLICE_TOKENS[0] or seconds <= 0:
+            return
+        low, high = SLICE_TOKENS
+        wanted = int(tokens / seconds * self._slice_seconds)
+        # At most doubled, since a short slice measures overhead more than speed.
+        self._slice_tokens = max(low, min(high, wanted, 2 * self._slice_tokens) // 32 * 32)
+        self._generator.prefill_step_size = self._slice_tokens
+
+    def _token_event(self, response: Any) -> StepEvent:
+        row = self._rows[response.uid]
+        finish = response.finish_reason
+        if finish != "stop":
+            row.answer.append(response.token)
+            row.undecoded.append(response.token)
+            text = row.text.step(self._tokenizer, response.token) or ""
+            if text:
+                row.undecoded.clear()
+        else:
+            text = ""
+        if finish is not None:
+            if row.undecoded:
+                text += self._tokenizer.decode(row.undecoded, skip_special_tokens=True)
+            self._forget(response.uid)
+        return TokenEvent(row.sequence.uid, text, finish)
+
+    def _recover(self, error: Exception) -> list[StepEvent]:
+        """After a failure the generator is unusable for every row (mlx-lm keeps no transaction).
+
+        What was being prefilled is the suspect and fails; the others are prefilled again and go on
+        where they were. With no suspect, all fail.
+        """
+        suspects = self._prefilling or set(self._rows)
+        survivors = [row for inner, row in self._rows.items() if inner not in suspects]
+        failed = [self._rows[inner].sequence.uid for inner in suspects]
+        self._rows.clear()
+        self._prefilling.clear()
+        self._generator.close()
+        self._generator = self._new_generator()
+        self._waiting.extendleft(reversed(survivors))
+        mx.clear_cache()
+        reason = GenerationFailed(f"The engine failed: {error}")
+        return [SequenceFailed(uid, reason) for uid in failed]
+
+    def memory(self) -> int:
+        active: int = mx.get_active_memory()
+        return active + int(mx.get_cache_memory())
+
+    def close(self) -> None:
+        self._generator.close()
+        self._rows.clear()
+        self._waiting.clear()
+        del self._generator, self._model
+        gc.collect()
+        mx.clear_cache()
+
+
+class _Sampler:
+    """Draws one token id a row: top_k, then top_p, then min_p, then temperature.
+
+    Unseeded rows with equal parameters share one object, which makes them one batched call. A
+    seeded row has its own, with a key derived from seed and position alone, so that neither its
+    neighbours nor a rebuilt batch change its draws.
+    """
+
+    def __init__(
+        self, temperature: float, top_k: int, top_p: float, min_p: float, seed: int | None = None
+    ) -> None:
+        self._temperature = temperature
+        self._top_k = top_k
+        self._top_p = top_p
+        self._min_p = min_p
+        self._seed = seed
+        self.drawn = 0
+
+    def __call__(self, logprobs: mx.array) -> mx.array:
+        """Log-probabilities [rows, vocabulary] to token ids [rows]."""
+        if self._temperature == 0:
+            return mx.argmax(logprobs, axis=-1)
+        ids = None
+        if self._top_k or self._top_p < 1:
+            ids = self._likeliest(logprobs)
+            logprobs = mx.take_along_axis(logprobs, ids, axis=-1)
+            probabilities = mx.softmax(logprobs.astype(mx.float32), axis=-1)
+            before = mx.cumsum(probabilities, axis=-1) - probabilities
+            logprobs = mx.where(before < self._top_p, logprobs, -mx.inf)
+        if self._min_p > 0:
+            likeliest = mx.max(logprobs, axis=-1, keepdims=True)
+            floor = likeliest + mx.log(mx.array(self._min_p))
+            logprobs = mx.where(logprobs < floor, -mx.inf, logprobs)
+        drawn = mx.random.categorical(
+            logprobs.astype(mx.float32) * (1 / self._temperature), key=self._key()
+        )
+        if ids is None:
+            return drawn
+        return mx.take_along_axis(ids, drawn[:, None], axis=-1)[:, 0]
+
+    def _likeliest(self, logprobs: mx.array) -> mx.array:
+        """Ids of the top_k tokens, likeliest first; of all of them where top_k is off.
+
+        Sorted, because a seeded draw picks by position: unsorted, the last bit of a logit could
+        move every candidate.
+        """
+        vocabulary = logprobs.shape[-1]
+        if not 0 < self._top_k < vocabulary:
+            return mx.argsort(-logprobs, axis=-1)
+        ids = mx.argpartition(-logprobs, kth=self._top_k - 1, axis=-1)[..., : self._top_k]
+        order = mx.argsort(-mx.take_along_axis(logprobs, ids, axis=-1), axis=-1)
+        return mx.take_along_axis(ids, order, axis=-1)
+
+    def _key(self) -> mx.array | None:
+        if self._seed is None:
+            return None
+        self.drawn += 1
+        # The golden-ratio step of splitmix64 keeps neighbouring seeds and positions apart.
+        key: mx.array = mx.random.key((self._seed + self.drawn * 0x9E3779B97F4A7C15) % 2**64)
+        return key
+
+
+def _adjusts(params: SamplingParams) -> bool:
+    return bool(
+        params.logit_bias
+        or params.repetition_penalty != 1
+        or params.presence_penalty
+        or params.frequency_penalty
+    )
+
+
+class _Adjustments:
+    """Logit bias and penalties of one row, kept up to date on the device: no sync, no history."""
+
+    def __init__(self, params: SamplingParams, prompt: list[int], answer: list[int]) -> None:
+        self._params = params
+        self._prompt = prompt
+        self._answer = answer[:]
+        self._state: tuple[mx.array, mx.array, mx.array] | None = None
+        """[vocabulary] each: bias, whether in the prompt, how often in the answer."""
+
+    def __call__(self, history: mx.array, logits: mx.array) -> mx.array:
+        """`history` [tokens] ends with this step's input, `logits` [1, vocabulary] follow it."""
+        params = self._params
+        if self._state is None:
+            bias, in_prompt, counts = self._start(logits.shape[-1])
+        else:
+            bias, in_prompt, counts = self._state
+            counts = counts.at[history[-1:]].add(1)
+        self._state = bias, in_prompt, counts
+        logits = logits.astype(mx.float32) + bias
+        if params.repetition_penalty != 1:
+            penalty = params.repetition_penalty
+            penalized = mx.where(logits > 0, logits / penalty, logits * penalty)
+            logits = mx.where(mx.logical_or(in_prompt, counts > 0), penalized, logits)
+        return logits - params.frequency_penalty * counts - params.presence_penalty * (counts > 0)
+
+    def _start(self, vocabulary: int) -> tuple[mx.array, mx.array, mx.array]:
+        def total(values: dict[int, float]) -> mx.array:
+            tokens = mx.array(list(values), dtype=mx.int32)
+            return mx.zeros(vocabulary).at[tokens].add(mx.array(list(values.values())))
+
+        return (
+            total(self._params.logit_bias),
+            total(dict.fromkeys(self._prompt, 1.0)) > 0,
+            total(dict(Counter(self._answer))),
+        )
+
+
+def _has_merge(cache: Any) -> bool:
+    return hasattr(cache, "merge") and all(map(_has_merge, getattr(cache, "caches", ())))
+
+
+def _context_length(config: dict[str, Any]) -> int:
+    nested = config.get("text_config")
+    for source in (config, nested if isinstance(nested, dict) else {}):
+        for name in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"):
+            if isinstance(source.get(name), int):
+                return int(source[name])
+    return FALLBACK_CONTEXT_LENGTH
+
+
+def _check_files(path: Path) -> None:
+    """Refuse what must not or cannot be loaded, naming the file, before any of it is mapped."""
+    try:
+        config = json.loads((path / "config.json").read_bytes())
+    except (OSError, ValueError) as error:
+        raise ModelLoadFailed(f"{path / 'config.json'}: {error}") from error
+    if not isinstance(config, dict):
+        raise ModelLoadFailed(f"{path / 'config.json'}: not a JSON object")
+    # `auto_map` names code too, but many sound models carry it (DeepSeek, Kimi, MiniMax) and
+    # nothing here follows it: mlx-lm has its own model classes.
+    if "model_file" in config:
+        raise ModelLoadFailed(
+            f"{path / 'config.json'}: model_file wants code from the model folder to be run, "
+            "which LMX never does"
+        )
+    weights = set(path.glob("model*.safetensors"))  # the pattern mlx-lm loads
+    index = path / "model.safetensors.index.json"
+    if index.exists():
+        try:
+            shards = set(json.loads(index.read_bytes())["weight_map"].values())
+        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+            raise ModelLoadFailed(f"{index}: {type(error).__name__}: {error}") from error
+        missing = sorted(name for name in shards if path / name not in weights)
+        if missing:
+            raise ModelLoadFailed(f"{path / missing[0]}: missing, but named in {index.name}")
+    if not weights:
+        raise ModelLoadFailed(f"{path}: no model*.safetensors file")
+    for file in sorted(weights):
+        _check_safetensors(file)
+
+
+def _check_safetensors(file: Path) -> None:
+    """The header's length and offsets against the file's size.
+
+    Format: https://huggingface.co/docs/safetensors (8-byte little-endian length, JSON, data).
+    """
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            if length > size - 8:
+                raise ValueError("the header is longer than the file")
+            header = json.loads(stream.read(length))
+        end = max(
+            (t["data_offsets"][1] for name, t in header.items() if name != "__metadata__"),
+            default=0,
+        )
+        if 8 + length + end != size:
+            raise ValueError(f"{size} bytes, but its header describes {8 + length + end}")
+    except (OSError, ValueError, struct.error, KeyError, TypeError, AttributeError) as error:
+        raise ModelLoadFailed(f"{file}: {error}") from error

@@ -1,0 +1,378 @@
+"""The inference queue and the server's end of the runners. Event loop only; never blocks."""
+
+from __future__ import annotations
+
+import ctypes.util
+import logging
+import math
+import os
+import subprocess
+import sys
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from typing import Final
+
+import anyio
+from anyio.abc import ByteReceiveStream, Process, TaskStatus
+
+from .config import Config
+from .errors import (
+    LMXError,
+    ModelLoadFailed,
+    QueueFull,
+    RunnerDied,
+    ServerStopping,
+)
+from .generation import ChatMessage, SamplingParams
+from .messages import (
+    Accepted,
+    AnyCommand,
+    AnyEvent,
+    Cancel,
+    Delta,
+    Failed,
+    Finished,
+    FrameReader,
+    Generate,
+    Load,
+    Loaded,
+    LoadFailed,
+    Refused,
+    Stop,
+    decode_events,
+    encode_command,
+)
+
+logger = logging.getLogger(__name__)
+
+RUNNER_COMMAND: Final = (sys.executable, "-m", "lmx.runner")
+
+STOP_SECONDS: Final = 10.0
+"""From asking a runner to stop to SIGTERM."""
+TERMINATE_SECONDS: Final = 30.0
+"""From SIGTERM to SIGKILL. Killing a process that holds wired GPU memory can strand that memory
+until the next boot (oMLX #2184), so it is the last resort."""
+RETRY_AFTER_SECONDS: Final = 2
+STDERR_LINES_KEPT: Final = 20
+STDERR_SECONDS: Final = 1.0
+"""How long to wait for the last words of a process that has ended."""
+
+
+class Generation:
+    """One accepted request's events, in order; iterate to get all that came since the last look."""
+
+    def __init__(self, id: int) -> None:
+        self.id = id
+        self.prompt_tokens = 0
+        self.cached_tokens = 0
+        self._events: list[Delta | Finished] = []
+        self._error: LMXError | None = None
+        self._accepted = False
+        self._changed = anyio.Event()
+
+    def put(self, event: Accepted | Delta | Finished) -> None:
+        match event:
+            case Accepted():
+                self.prompt_tokens = event.prompt_tokens
+                self.cached_tokens = event.cached_tokens
+                self._accepted = True
+            case Delta() | Finished():
+                self._events.append(event)
+        self._changed.set()
+
+    def fail(self, error: LMXError) -> None:
+        self._error = error
+        self._changed.set()
+
+    async def accepted(self) -> None:
+        while not self._accepted:
+            await self._wait()
+
+    async def _wait(self) -> None:
+        if self._error is not None:
+            raise self._error
+        await self._changed.wait()
+        self._changed = anyio.Event()
+        if self._error is not None:
+            raise self._error
+
+    async def __aiter__(self) -> AsyncIterator[list[Delta | Finished]]:
+        finished = False
+        while not finished:
+            while not self._events:
+                await self._wait()
+            events, self._events = self._events, []
+            finished = isinstance(events[-1], Finished)
+            yield events
+
+
+class InferenceQueue:
+    """Bounds the work in the house: every request that generates holds a place until it is done."""
+
+    def __init__(self, config: Config) -> None:
+        self._size = config.queue_size
+        self.stopping = False
+        self._live: set[Generation] = set()
+        self.outstanding = 0
+        """Requests loading, waiting or running."""
+
+    @contextmanager
+    def place(self) -> Iterator[None]:
+        """Hold a place.
+
+        Raises:
+            QueueFull: all places are taken.
+            ServerStopping: the server takes no new work.
+        """
+        if self.stopping:
+            raise ServerStopping("The server is stopping.", retry_after=RETRY_AFTER_SECONDS)
+        if self.outstanding >= self._size:
+            raise QueueFull(
+                f"The queue is full: {self._size} requests are running or waiting.",
+                retry_after=RETRY_AFTER_SECONDS,
+            )
+        self.outstanding += 1
+        try:
+            yield
+        finally:
+            self.outstanding -= 1
+
+    @asynccontextmanager
+    async def generate(
+        self, runner: Runner, messages: list[ChatMessage], params: SamplingParams
+    ) -> AsyncIterator[Generation]:
+        """Entered once the runner has accepted the prompt; leaving it cancels what still runs.
+
+        Raises:
+            InvalidRequest, ContextLengthExceeded: the runner refuses the prompt.
+            RunnerDied, ServerStopping: there is nobody to run it.
+        """
+        generation = runner.submit(messages, params)
+        self._live.add(generation)
+        try:
+            await generation.accepted()
+            yield generation
+        finally:
+            self._live.discard(generation)
+            runner.cancel(generation)
+
+    def refuse_new(self) -> None:
+        """Take no more work; what runs may go on."""
+        self.stopping = True
+
+    def abort(self) -> None:
+        """Fail everything that still runs."""
+        self.refuse_new()
+        for generation in self._live:
+            generation.fail(ServerStopping("The server stopped before the answer was complete."))
+
+
+class Runner:
+    """The server's handle of one model's process: loaded, busy, dead."""
+
+    def __init__(
+        self,
+        load: Load,
+        config: Config,
+        *,
+        command: tuple[str, ...] = RUNNER_COMMAND,
+    ) -> None:
+        self.loaded: Loaded | None = None
+        self.exit: str | None = None
+        """Why the process takes no more requests; None while it does."""
+        self.ended = anyio.Event()
+        """The process is gone, and with it its memory."""
+        self._load = load
+        self._config = config
+        self._command = command
+        self._next_id = 0
+        self._generations: dict[int, Generation] = {}
+        self._process: Process | None = None
+        self._last_step = anyio.current_time()
+        self._stderr: deque[str] = deque(maxlen=STDERR_LINES_KEPT)
+        self._outbox, self._to_write = anyio.create_memory_object_stream[AnyCommand](math.inf)
+
+    @property
+    def ready(self) -> bool:
+        """Takes requests: its model is loaded and its process lives."""
+        return self.loaded is not None and self.exit is None
+
+    @property
+    def active(self) -> int:
+        """Requests this runner has not finished, those waiting for a row in the batch included."""
+        return len(self._generations)
+
+    @property
+    def pid(self) -> int | None:
+        return self._process.pid if self._process else None
+
+    def submit(self, messages: list[ChatMessage], params: SamplingParams) -> Generation:
+        self._next_id += 1
+        generation = Generation(self._next_id)
+        if self.exit is not None:
+            raise RunnerDied(self.exit, retry_after=RETRY_AFTER_SECONDS)
+        if not self._generations:
+            self._last_step = anyio.current_time()
+        self._generations[generation.id] = generation
+        self._outbox.send_nowait(Generate(generation.id, messages, params))
+        return generation
+
+    def cancel(self, generation: Generation) -> None:
+        """Make the runner forget a request; it stays counted until the runner confirms."""
+        if generation.id in self._generations and self.exit is None:
+            self._outbox.send_nowait(Cancel(generation.id))
+
+    async def run(self, *, task_status: TaskStatus[None]) -> None:
+        """The process's whole life. Started once the model is loaded; returns when it has ended.
+
+        Raises:
+            ModelLoadFailed: before it is started, when the model does not load.
+        """
+        environment = await anyio.to_thread.run_sync(runner_environment)
+        process = await anyio.open_process(self._command, stderr=subprocess.PIPE, env=environment)
+        self._process = process
+        assert process.stdout and process.stderr
+        error: LMXError | None = None
+        try:
+            async with anyio.create_task_group() as tasks:
+                stderr_read = anyio.Event()
+                tasks.start_soon(self._log_stderr, process.stderr, stderr_read)
+                tasks.start_soon(self._write_commands, process)
+                tasks.start_soon(self._watch, process)
+                self._outbox.send_nowait(self._load)
+                error = await self._read_events(process.stdout, task_status)
+                if error is None:
+                    # Its output has ended, so it is ending by itself, or too broken to.
+                    with anyio.move_on_after(STOP_SECONDS):
+                        await process.wait()
+                await self._end(process, ask_first=False)
+                with anyio.move_on_after(STDERR_SECONDS):
+                    await stderr_read.wait()
+                tasks.cancel_scope.cancel()
+        finally:
+            with anyio.CancelScope(shield=True):
+                await self._end(process)
+                await process.aclose()
+            self._fail_all(self._exit_message(process.returncode))
+            self._outbox.close()
+            self._to_write.close()
+            self.ended.set()
+        if self.loaded is None:
+            raise error or ModelLoadFailed(f"{self._load.path}: {self.exit}")
+
+    def _fail_all(self, reason: str) -> None:
+        if self.exit is None:
+            self.exit = reason
+        for generation in self._generations.values():
+            generation.fail(RunnerDied(self.exit, retry_after=RETRY_AFTER_SECONDS))
+        self._generations.clear()
+
+    async def _read_events(
+        self, stdout: ByteReceiveStream, task_status: TaskStatus[None]
+    ) -> LMXError | None:
+        """Until the output ends, or the model does not load: then the error."""
+        frames = FrameReader()
+        seconds = self._config.load_timeout_seconds
+        with anyio.CancelScope(deadline=anyio.current_time() + seconds) as loading:
+            async for data in stdout:
+                self._last_step = anyio.current_time()
+                for body in frames.feed(data):
+                    for event in decode_events(body):
+                        match event:
+                            case Loaded():
+                                self.loaded = event
+                                loading.deadline = math.inf
+                                task_status.started()
+                            case LoadFailed(error):
+                                return error.exception()
+                            case _:
+                                self._receive(event)
+            return None
+        return ModelLoadFailed(f"{self._load.path}: not loaded after {seconds:.0f} s")
+
+    def _receive(self, event: AnyEvent) -> None:
+        match event:
+            case Refused(id, error) | Failed(id, error):
+                if generation := self._generations.pop(id, None):
+                    generation.fail(error.exception())
+            case Finished(id):
+                if generation := self._generations.pop(id, None):
+                    generation.put(event)
+            case Accepted(id) | Delta(id):
+                if generation := self._generations.get(id):
+                    generation.put(event)
+
+    async def _write_commands(self, process: Process) -> None:
+        assert process.stdin
+        try:
+            async for command in self._to_write:
+                await process.stdin.send(encode_command(command))
+        except anyio.BrokenResourceError:
+            pass  # the process is ending: its end is noticed on its output
+
+    async def _log_stderr(self, stderr: ByteReceiveStream, done: anyio.Event) -> None:
+        rest = b""
+        async for data in stderr:
+            *lines, rest = (rest + data).split(b"\n")
+            rest = rest[-65536:]
+            for line in lines:
+                text = line.decode(errors="replace")
+                self._stderr.append(text)
+                logger.info("%s: %s", self._load.path, text)
+        done.set()
+
+    async def _watch(self, process: Process) -> None:
+        """End a wedged engine: it has requests, but took no step for too long."""
+        limit = self._config.step_timeout_seconds
+        while True:
+            await anyio.sleep(min(1.0, limit / 4))
+            silent = anyio.current_time() - self._last_step
+            if self._generations and self.loaded and silent > limit:
+                logger.error("%s: no step for %.0f s, ending its runner", self._load.path, silent)
+                self._fail_all(f"The model took no step for {silent:.0f} s and was restarted.")
+                await self._end(process, ask_first=False)
+
+    async def stop(self) -> None:
+        """Ask the process to free its model and end, and wait until it has."""
+        if self._process is not None and not self.ended.is_set():
+            with anyio.CancelScope(shield=True):
+                await self._end(self._process)
+                await self.ended.wait()
+
+    async def _end(self, process: Process, *, ask_first: bool = True) -> None:
+        """Ask, then SIGTERM, then SIGKILL."""
+        if ask_first and self.loaded and process.returncode is None:
+            self._outbox.send_nowait(Stop())
+            with anyio.move_on_after(STOP_SECONDS):
+                await process.wait()
+        for signal, seconds in ((process.terminate, TERMINATE_SECONDS), (process.kill, math.inf)):
+            if process.returncode is not None:
+                return
+            try:
+                signal()
+            except ProcessLookupError:
+                pass  # it has ended in the meantime; wait() collects it
+            with anyio.move_on_after(seconds):
+                await process.wait()
+
+    def _exit_message(self, code: int | None) -> str:
+        how = f"signal {-code}" if code is not None and code < 0 else f"exit code {code}"
+        last = f" Its last words: {self._stderr[-1]}" if code and self._stderr else ""
+        return f"The model's process ended ({how}).{last}"
+
+
+def runner_environment(
+    find_library: Callable[[str], str | None] = ctypes.util.find_library,
+) -> dict[str, str]:
+    """The environment of a runner. Runs a subprocess: not for the event loop.
+
+    On Linux, MLX's CPU build brings the reference BLAS, some 30 times slower than OpenBLAS, which
+    takes its place when it is loaded first. macOS has Accelerate and Metal.
+    """
+    environment = dict(os.environ)
+    if sys.platform == "linux" and "LD_PRELOAD" not in environment:
+        if library := find_library("openblas"):
+            environment["LD_PRELOAD"] = library
+            logger.info("preloading %s in the runner", library)
+    return environment

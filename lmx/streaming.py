@@ -1,0 +1,175 @@
+"""Answers while the client is still there: server-sent events, and work that ends with it.
+
+Nothing here knows whose protocol the events speak, except the shape of an error event.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import aclosing
+from typing import Final, TypeVar
+
+import anyio
+import msgspec
+from starlette.requests import ClientDisconnect
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from .errors import LMXError, error_body
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+DONE: Final = b"data: [DONE]\n\n"
+KEEP_ALIVE: Final = b": keep-alive\n\n"
+"""A comment: clients must ignore it (https://html.spec.whatwg.org/multipage/server-sent-events.html)."""
+
+INTERNAL_ERROR: Final = error_body("The server had an internal error.", type="server_error")
+"""What a client learns about a fault of ours that has no error class; the log has the rest."""
+
+
+def encode_event(data: object) -> bytes:
+    """`data` as one event. JSON holds no raw line break, so one `data:` line is enough."""
+    return b"data: " + msgspec.json.encode(data) + b"\n\n"
+
+
+async def unless_disconnected(
+    receive: Receive,
+    work: Callable[[], Awaitable[T]],
+    *watchers: Callable[[], Awaitable[None]],
+) -> T:
+    """What `work` returns or raises; it is cancelled as soon as the client is gone.
+
+    The request's body must have been read: from then on ASGI has only `http.disconnect` to tell.
+    Each of `watchers` runs beside the work and returns if it finds the client gone.
+
+    Raises:
+        ClientDisconnect: the client left first.
+    """
+
+    async def disconnected() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+    async def leave_after(watcher: Callable[[], Awaitable[None]]) -> None:
+        await watcher()
+        tasks.cancel_scope.cancel()
+
+    done: list[T] = []
+    failed: list[Exception] = []
+    async with anyio.create_task_group() as tasks:
+        for watcher in (disconnected, *watchers):
+            tasks.start_soon(leave_after, watcher)
+        # An error that left the group would come out wrapped in an ExceptionGroup.
+        try:
+            done.append(await work())
+        except Exception as error:
+            failed.append(error)
+        tasks.cancel_scope.cancel()
+    if failed:
+        raise failed[0]
+    if not done:
+        raise ClientDisconnect
+    return done[0]
+
+
+class EventStream(Response):
+    """Sends encoded events as they are made; several may come in one piece.
+
+    The status is sent with the first of them, so an error before it is raised to the exception
+    handlers and gets a status of its own. From then on an error is one last event, and neither
+    `[DONE]` nor anything else follows it. While there is nothing to send, comments keep the
+    connection busy, because clients and proxies give up on a silent one.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(
+        self,
+        events: AsyncGenerator[bytes],
+        *,
+        keep_alive_seconds: float = 15.0,
+        write_timeout_seconds: float = 60.0,
+    ) -> None:
+        self.status_code = 200
+        self.background = None
+        # X-Accel-Buffering: nginx would hold events back until its buffer is full.
+        self.init_headers({"cache-control": "no-cache", "x-accel-buffering": "no"})
+        self._events = events
+        self._keep_alive_seconds = keep_alive_seconds
+        self._write_timeout_seconds = write_timeout_seconds
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        writer = _Writer(send, self.raw_headers, self._write_timeout_seconds)
+
+        async def keep_alive() -> None:
+            try:
+                while True:
+                    idle = anyio.current_time() - writer.last_write
+                    if idle >= self._keep_alive_seconds:
+                        await writer.write(KEEP_ALIVE)
+                    else:
+                        await anyio.sleep(self._keep_alive_seconds - idle)
+            except ClientDisconnect:
+                return
+
+        try:
+            await unless_disconnected(receive, lambda: self._send_events(writer), keep_alive)
+        except ClientDisconnect:
+            pass  # nobody is left to be told
+
+    async def _send_events(self, writer: _Writer) -> None:
+        try:
+            async with aclosing(self._events) as events:
+                async for piece in events:
+                    await writer.write(piece)
+        except ClientDisconnect:
+            raise
+        except Exception as error:
+            if not writer.started:
+                raise
+            if isinstance(error, LMXError):
+                logger.error("a stream failed: %s: %s", type(error).__name__, error.message)
+                body = error.to_body()
+            else:
+                logger.exception("a stream failed")
+                body = INTERNAL_ERROR
+            await writer.write(encode_event(body))
+        await writer.write(b"", more=False)
+
+
+class _Writer:
+    """The client's end of a stream, written by one task at a time."""
+
+    def __init__(self, send: Send, headers: list[tuple[bytes, bytes]], timeout: float) -> None:
+        self._send = send
+        self._headers = headers
+        self._timeout = timeout
+        self._lock = anyio.Lock()
+        self.started = False
+        self._ended = False
+        self.last_write = anyio.current_time()
+
+    async def write(self, body: bytes, *, more: bool = True) -> None:
+        """
+        Raises:
+            ClientDisconnect: gone, or it has not read anything for the whole timeout.
+        """
+        async with self._lock:
+            if self._ended:
+                return  # a comment that waited here while the last piece was written
+            self._ended = not more
+            try:
+                with anyio.fail_after(self._timeout):
+                    if not self.started:
+                        self.started = True
+                        start = {"type": "http.response.start", "status": 200}
+                        await self._send(start | {"headers": self._headers})
+                    await self._send(
+                        {"type": "http.response.body", "body": body, "more_body": more}
+                    )
+            # TimeoutError is an OSError; others come from servers of ASGI spec 2.4 and later.
+            except OSError as error:
+                raise ClientDisconnect from error
+            self.last_write = anyio.current_time()

@@ -1,0 +1,138 @@
+"""A registry and a queue without runners: they serve one model that says what the test wrote."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import anyio
+from starlette.applications import Starlette
+
+from lmx.app import create_app
+from lmx.config import Config
+from lmx.errors import LMXError
+from lmx.generation import ChatMessage, SamplingParams
+from lmx.inference import Generation, InferenceQueue, Runner
+from lmx.messages import Accepted, Delta, Finished, Loaded
+from lmx.registry import Lease, Model, Registry
+
+MODEL = Model(
+    id="parrot",
+    path=Path("/models/bird/parrot"),
+    format="mlx",
+    publisher="bird",
+    repo="parrot",
+    quantization=None,
+    created=1_700_000_000,
+)
+SLASHED = Model(
+    id="zoo/owl/owl-q4.gguf",
+    path=Path("/models/zoo/owl/owl-q4.gguf"),
+    format="gguf",
+    publisher="zoo",
+    repo="owl",
+    quantization="q4",
+    created=1_700_000_001,
+)
+
+Step = list[Delta | Finished] | anyio.Event | Exception
+"""Events that come together, a wait, or a failure."""
+
+HELLO: Sequence[Step] = (
+    [Delta(1, "Hello", 1)],
+    [Delta(1, "", 2)],
+    [Delta(1, ", wö", 3), Delta(1, "rld", 4)],
+    [Delta(1, "!", 5), Finished(1, "stop", 6)],
+)
+
+
+class FakeRunner(Runner):
+    """No process: only what a handler reads."""
+
+    def __init__(self) -> None:
+        self.loaded = Loaded(4096, 16, "fake 1.0")
+
+
+class FakeGeneration(Generation):
+    def __init__(self, steps: Sequence[Step], waiting: anyio.Event) -> None:
+        super().__init__(1)
+        self.put(Accepted(1, 7, 3))
+        self._steps = steps
+        self._waiting = waiting
+
+    async def __aiter__(self) -> AsyncIterator[list[Delta | Finished]]:
+        for step in self._steps:
+            if isinstance(step, anyio.Event):
+                self._waiting.set()
+                await step.wait()
+            elif isinstance(step, Exception):
+                raise step
+            else:
+                yield step
+
+
+class FakeQueue(InferenceQueue):
+    """Plays `steps` for every request, or refuses it with `refusal`."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self.steps = HELLO
+        self.refusal: Exception | None = None
+        self.asked: list[tuple[list[ChatMessage], SamplingParams]] = []
+        self.waiting = anyio.Event()
+        """A generation has reached a wait."""
+        self.left = anyio.Event()
+        """A generation has been given up or finished."""
+
+    @asynccontextmanager
+    async def generate(
+        self, runner: Runner, messages: list[ChatMessage], params: SamplingParams
+    ) -> AsyncIterator[Generation]:
+        self.asked.append((messages, params))
+        if self.refusal:
+            raise self.refusal
+        try:
+            yield FakeGeneration(self.steps, self.waiting)
+        finally:
+            self.left.set()
+
+
+class FakeRegistry(Registry):
+    """Has the two models; both are loaded by being asked for, unless `failure` is set."""
+
+    def __init__(self, config: Config, queue: InferenceQueue) -> None:
+        self._config = config
+        self._queue = queue
+        self.failure: LMXError | None = None
+
+    def models(self) -> list[Model]:
+        return [MODEL, SLASHED]
+
+    def status(self) -> list[dict[str, Any]]:
+        return [{"id": MODEL.id, "state": "ready"}]
+
+    @asynccontextmanager
+    async def lease(self, name: str) -> AsyncIterator[Lease]:
+        model = self.resolve(name)
+        with self._queue.place():
+            if self.failure:
+                raise self.failure
+            yield Lease(model, FakeRunner())
+
+
+class Server:
+    """The application over the fakes, which exist before it starts, so that a test can set them."""
+
+    def __init__(self, config: Config | None = None) -> None:
+        self.config = config or Config()
+        self.queue = FakeQueue(self.config)
+        self.registry = FakeRegistry(self.config, self.queue)
+        self.app: Starlette = create_app(self.config, self.queue, open_registry=self._open_registry)
+
+    @asynccontextmanager
+    async def _open_registry(
+        self, config: Config, queue: InferenceQueue
+    ) -> AsyncIterator[Registry]:
+        yield self.registry

@@ -1,0 +1,102 @@
+"""A backend without an engine: it answers with the prompt's own words, and misbehaves on demand."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from pathlib import Path
+
+from lmx.backends import (
+    BackendBroken,
+    Sequence,
+    SequenceFailed,
+    StepEvent,
+    TokenEvent,
+)
+from lmx.chat_template import ChatTemplate
+from lmx.config import EngineSettings
+from lmx.errors import GenerationFailed, ModelLoadFailed
+
+TEMPLATE = "{% for m in messages %}{{ m.content }}{% if not loop.last %} {% endif %}{% endfor %}"
+
+
+class FakeBackend:
+    """One word is one token. The first word of a prompt may be an order:
+
+    FOREVER repeats its second word until max_tokens; FAIL fails this sequence; RAISE raises in
+    `step`; BROKEN says that the engine is; KILL kills the process; HANG never returns.
+    """
+
+    def __init__(self, path: Path, settings: EngineSettings) -> None:
+        if path.name == "broken":
+            raise ModelLoadFailed(f"{path}/weights: not weights")
+        if path.name == "dies":
+            os.write(2, b"about to die\n")
+            os.kill(os.getpid(), signal.SIGKILL)
+        if path.name == "hangs":
+            threading.Event().wait()
+        os.write(1, b"a library that prints to stdout\n")
+        self.context_length = settings.context_length or 64
+        self.vocabulary_size = 1000
+        self.parallel = settings.parallel
+        self.engine = "fake 1.0"
+        self.chat_template: ChatTemplate | None = ChatTemplate(TEMPLATE)
+        self._words: dict[str, int] = {}
+        self._sequences: dict[int, tuple[Sequence, int]] = {}
+        self.closed = False
+
+    def tokenize(self, text: str) -> list[int]:
+        return [self._words.setdefault(word, len(self._words)) for word in text.split()]
+
+    def add(self, sequence: Sequence) -> None:
+        self._sequences[sequence.uid] = (sequence, 0)
+
+    def remove(self, uid: int) -> None:
+        self._sequences.pop(uid, None)
+
+    @property
+    def uids(self) -> list[int]:
+        return list(self._sequences)
+
+    def step(self) -> list[StepEvent]:
+        names = {token: word for word, token in self._words.items()}
+        events: list[StepEvent] = []
+        for uid, (sequence, done) in list(self._sequences.items())[: self.parallel]:
+            words = [names[token] for token in sequence.prompt]
+            match words[0]:
+                case "RAISE":
+                    raise RuntimeError("an engine's bug")
+                case "BROKEN":
+                    raise BackendBroken("[METAL] Command buffer execution failed")
+                case "KILL":
+                    os.kill(os.getpid(), signal.SIGKILL)
+                case "HANG":
+                    threading.Event().wait()
+                case "FAIL":
+                    del self._sequences[uid]
+                    events.append(SequenceFailed(uid, GenerationFailed("it failed")))
+                    continue
+            forever = words[0] == "FOREVER"
+            if not forever and done == len(words):
+                del self._sequences[uid]
+                events.append(TokenEvent(uid, "", "stop"))
+                continue
+            word = words[1] if forever else words[done]
+            self._sequences[uid] = (sequence, done + 1)
+            if done + 1 == sequence.max_tokens:
+                del self._sequences[uid]
+                events.append(TokenEvent(uid, word + " ", "length"))
+            else:
+                events.append(TokenEvent(uid, word + " "))
+        return events
+
+    def memory(self) -> int:
+        return 0
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def load(path: Path, format: str, settings: EngineSettings) -> FakeBackend:
+    return FakeBackend(path, settings)

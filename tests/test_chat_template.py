@@ -1,0 +1,290 @@
+"""Chat templates: what Hugging Face's templates expect works, and what would do harm does not."""
+
+from __future__ import annotations
+
+import re
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from lmx.chat_template import ChatTemplate
+from lmx.errors import InvalidRequest, ModelLoadFailed
+from lmx.generation import ChatMessage
+
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content']"
+    " + '<|im_end|>' + '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+BUSY = """\
+{%- macro without_thinking(text) -%}
+    {%- set ns = namespace(result='') -%}
+    {%- for part in text.split('</think>') -%}
+        {%- if '<think>' in part -%}
+            {%- set ns.result = ns.result + part.split('<think>')[0] -%}
+            {%- continue -%}
+        {%- endif -%}
+        {%- set ns.result = ns.result ~ part -%}
+    {%- endfor -%}
+    {{- ns.result | trim -}}
+{%- endmacro -%}
+{{ bos_token }}
+{% if tools %}{{ tools | tojson(indent=2) }}{% endif %}
+{%- set system = messages | selectattr('role', 'equalto', 'system') | map(attribute='content') -%}
+{{- system | list | join('\\n\\n') }}
+{% for message in messages if message.role != 'system' %}
+    {%- if loop.index0 % 2 != (0 if message.role == 'user' else 1) %}
+        {{- raise_exception('Roles must alternate.') }}
+    {%- endif %}
+    {%- set content = message.get('content', '') %}
+[{{ message.role | capitalize }}]
+    {% if message.role == 'assistant' -%}
+        {% generation %}{{ without_thinking(content) }}{{ eos_token }}{% endgeneration %}
+    {%- else -%}
+        {{ content.replace('<', '&lt;') | indent(2) }} {{ {'a': '<é>', 'n': [1, none]} | tojson }}
+    {%- endif %}
+    {%- if loop.last %} ({{ loop.length }}){% endif %}
+{%- endfor %}
+"""
+MESSAGES = [
+    ChatMessage("system", "Be brief."),
+    ChatMessage("user", "Hi <you>\nthere"),
+    ChatMessage("assistant", "<think>hm</think> Hello. "),
+    ChatMessage("user", "Bye"),
+]
+
+
+def render(source: str, **options: float) -> str:
+    return ChatTemplate(source, **options).render(MESSAGES)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        pytest.param(CHATML, id="chatml"),
+        pytest.param(BUSY, id="busy"),
+        pytest.param("{{ messages }} {{ messages[0] }} {{ none }} {{ 1.5 }}", id="containers"),
+        pytest.param("{{ 7 % 4 }} {{ 2 ** 3 }} {{ 'ab' * 2 }} {{ [1] * 2 + [3] }}", id="operators"),
+        pytest.param("{{ ', '.join(['a', 'b']) }} {{ [1, 'b'] | join }}", id="join"),
+        pytest.param(
+            "{{ 'aXaX' | replace('X', 'y', 1) }} {{ 'aXaX'.replace('X', '') }}", id="replace"
+        ),
+        pytest.param("{{ {'b': 1, 'a': {}} | tojson(sort_keys=true, indent='\t') }}", id="tojson"),
+        pytest.param(
+            "{% set x %}a{{ 1 }}{% endset %}{{ x }}{{ dict(a=1).items() | list }}", id="set"
+        ),
+        pytest.param("{% set n = namespace({'a': 1}, b=2) %}{{ n.a + n.b }}", id="namespace"),
+        pytest.param(
+            "{% generation %}{% set x = 1 %}{{ x }}{% endgeneration %}{{ x }}", id="scope"
+        ),
+        pytest.param(
+            "{% for i in [1, 2, 3] %}{% if i == 2 %}{% break %}{% endif %}{{ i }}{% endfor %}",
+            id="break",
+        ),
+        pytest.param("{% block a %}{{ bos_token }}{% endblock %}{{ self.a() }}", id="block"),
+        pytest.param(
+            "{{ tools }} {{ documents }} {{ tools is defined }} {{ x is defined }}", id="none"
+        ),
+        pytest.param("a\n  {% if true %}\n  b\n  {% endif %}\nc\n", id="whitespace"),
+        pytest.param("{{ strftime_now('%%') }}", id="strftime-now"),
+    ],
+)
+def test_same_as_transformers(source: str) -> None:
+    """A prompt is what transformers makes of the same template and messages."""
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    (expected,), _ = render_jinja_template(
+        [[{"role": m.role, "content": m.content} for m in MESSAGES]],
+        chat_template=source,
+        add_generation_prompt=True,
+        bos_token="<s>",
+        eos_token="</s>",
+    )
+    template = ChatTemplate(source, bos_token="<s>", eos_token="</s>")
+    assert template.render(MESSAGES) == expected
+
+
+@pytest.mark.parametrize(
+    ("source", "line", "reason"),
+    [
+        pytest.param("a\n{% if x %}", "at line 2", "Unexpected end", id="unfinished"),
+        pytest.param("\n\n{{ x | nosuch }}", "at line 3", "No filter named 'nosuch'", id="filter"),
+        pytest.param("{{ " + "(" * 5000, "", "RecursionError", id="deep-expression"),
+        pytest.param("{% for x in y %}" * 60 + "{% endfor %}" * 60, "", "blocks", id="deep-loops"),
+    ],
+)
+def test_syntax_error(source: str, line: str, reason: str) -> None:
+    """A template that does not compile fails at construction and says where and why."""
+    with pytest.raises(ModelLoadFailed, match=f"does not compile ?{line}.*{reason}"):
+        ChatTemplate(source)
+
+
+def test_raise_exception() -> None:
+    """The template's own refusal reaches the client in the template's words."""
+    with pytest.raises(InvalidRequest, match=r"refuses these messages: Roles must .*\.") as caught:
+        ChatTemplate(BUSY).render(MESSAGES[2:])
+    assert caught.value.param == "messages"
+
+
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        ("{{ nope.x }}", "'nope' is undefined"),
+        ("{{ messages[9].content }}", "no element 9"),
+        ("{{ messages[0].content.nope() }}", "no attribute 'nope'"),
+        ("{{ 1 + 'a' }}", "TypeError: unsupported operand"),
+        ("{{ 1 / 0 }}", "ZeroDivisionError"),
+        ("{% include 'other' %}", "no loader"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError"),
+    ],
+)
+def test_failure_while_rendering(source: str, reason: str) -> None:
+    """Whatever goes wrong in a template is a bad request that names the messages and the reason."""
+    with pytest.raises(InvalidRequest, match=f"cannot render these messages: .*{reason}") as caught:
+        render(source)
+    assert caught.value.param == "messages"
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ ''.__class__.__mro__ }}",
+        "{{ ''['__class__']['__mro__'] }}",
+        "{{ (''|attr('__class__')).__mro__ }}",
+        "{{ (messages|map(attribute='__class__')|list)[0].mro() }}",
+        "{{ cycler.__init__.__globals__ }}",
+        "{{ namespace.__init__.__globals__ }}",
+        "{{ raise_exception.__self__.globals }}",
+        "{{ raise_exception.__func__.__globals__ }}",
+        "{{ dict.__globals__.json }}",
+        "{{ strftime_now.__code__.co_code }}",
+        "{{ lipsum.__globals__ }}",
+        "{{ self._TemplateReference__context.environment }}",
+        "{{ environment.filters }}",
+        "{{ '{0.__class__}'.format(messages) }}",
+        "{{ ('{0.__class__}'|attr('format'))(messages) }}",
+        "{{ '{a.__class__}'.format_map({'a': 1}) }}",
+        "{{ messages.append(1) }}",
+        "{{ messages[0].update(role='x') }}",
+        "{{ dict.update(messages[0], role='x') }}",
+        "{{ messages.clear() }}",
+        "{{ namespace(__call__=1) }}",
+        "{% set n = namespace() %}{% set n.__html__ = 1 %}",
+        "{% import 'os' as os %}",
+    ],
+)
+def test_no_way_out(source: str) -> None:
+    """A template reaches no Python internals and changes nothing that it is given."""
+    with pytest.raises(InvalidRequest):
+        render(source)
+
+
+GROWING = (
+    "{%% set n = namespace(x=%s) %%}{%% for i in range(99) %%}{%% set n.x %s %%}{%% endfor %%}"
+)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        pytest.param("{{ 'a' * 300000000 }}", id="repeat"),
+        pytest.param("{{ 300000000 * 'a' }}", id="repeat-reversed"),
+        pytest.param("{{ [1] * 300000000 }}", id="repeat-list"),
+        pytest.param(GROWING % ("'aa'", "= n.x + n.x"), id="add"),
+        pytest.param(GROWING % ("'aa'", "= n.x ~ n.x"), id="concatenate"),
+        pytest.param(GROWING % ("'aa'", "%}{{ n.x }}{{ n.x }}{% endset"), id="set-block"),
+        pytest.param(GROWING % ("[]", "= [n.x, n.x]") + "{{ n.x }}", id="nested-list"),
+        pytest.param(GROWING % ("[]", "= [n.x, n.x]") + "{{ n.x ~ 1 }}", id="nested-concatenate"),
+        pytest.param(GROWING % ("[]", "= [n.x, n.x]") + "{{ n.x | string }}", id="nested-filter"),
+        pytest.param(GROWING % ("[]", "= [n.x, n.x]") + "{{ [n.x] | join }}", id="nested-join"),
+        pytest.param(
+            GROWING % ("{}", "= {1: n.x, 2: n.x}") + "{{ n.x | tojson }}", id="nested-json"
+        ),
+        pytest.param(
+            GROWING % ("{}", "= {1: n.x, 2: n.x}") + "{{ n.x.items() }}", id="nested-view"
+        ),
+        pytest.param(
+            GROWING % ("[]", "= [n.x, n.x]") + "{{ raise_exception(n.x) }}", id="nested-message"
+        ),
+        pytest.param("{% for i in range(100000) %}" + "a" * 999 + "{% endfor %}", id="output"),
+        pytest.param("{{ ('a' * 10000)|replace('', 'b' * 10000) }}", id="replace-filter"),
+        pytest.param("{{ ('a' * 10000).replace('a', 'b' * 10000) }}", id="replace-method"),
+        pytest.param("{{ ('a' * 10000).join(['a'] * 10000) }}", id="join-method"),
+        pytest.param("{{ (['a' * 10000] * 10000) | join }}", id="join-filter"),
+        pytest.param("{{ ('\\n' * 10000) | indent(100000, blank=true) }}", id="indent"),
+        pytest.param("{{ [1] | tojson(indent=300000000) }}", id="tojson-indent"),
+        pytest.param("{{ ([1] * 99) | tojson(separators=('a' * 99999, '')) }}", id="tojson-separators"),
+        pytest.param("{{ 'x'.center(300000000) }}", id="padding"),
+        pytest.param("{{ 'x'['ljust'](300000000) }}", id="padding-item"),
+        pytest.param("{{ 1 .to_bytes(300000000) }}", id="to-bytes"),
+        pytest.param("{{ '%300000000d' % 1 }}", id="percent"),
+        pytest.param("{{ '{:300000000}'.format(1) }}", id="format"),
+        pytest.param("{{ 2 ** 300000000 }}", id="power"),
+        pytest.param(GROWING % ("3", "= n.x * n.x"), id="product"),
+        pytest.param("{{ range(300000000) | list }}", id="range"),
+        pytest.param(GROWING % ("[]", "= n.x + [range(9999) | list]"), id="kept-lists"),
+        pytest.param(GROWING % ("[]", "= n.x + [('a ' * 99999).split()]"), id="kept-split"),
+    ],
+)
+def test_size_is_limited(source: str) -> None:
+    """What would make much out of little is refused before it is made."""
+    with pytest.raises(InvalidRequest, match="cannot render"):
+        render(source, max_chars=1024**2)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        pytest.param("{% if true %}{% endif %}", id="any-block"),
+        pytest.param("{{ messages | length }}", id="any-filter"),
+        pytest.param("{{ range(1) }}", id="any-call"),
+        pytest.param("{{ 1 + 1 }}", id="any-operator"),
+    ],
+)
+def test_everything_looks_at_the_clock(source: str) -> None:
+    """With no time at all, even the smallest step is refused."""
+    with pytest.raises(InvalidRequest, match="takes too long"):
+        render(source, deadline_seconds=0)
+
+
+LOOP = "{% for i in range(100000) %}"
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        pytest.param(LOOP * 3 + "{% endfor %}" * 3, id="loops"),
+        pytest.param(LOOP + "{{ range(9)|map('string')|list|length }}{% endfor %}", id="filters"),
+        pytest.param(
+            "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}"
+            "{{ f(60) }}",
+            id="macros",
+        ),
+    ],
+)
+def test_endless_template_ends(source: str) -> None:
+    """A template that would run for ages ends, on a thread that is not the main one."""
+    with ThreadPoolExecutor(1) as pool, pytest.raises(InvalidRequest, match="takes too long"):
+        pool.submit(render, source, deadline_seconds=0.05).result()
+
+
+def test_limits_are_per_rendering() -> None:
+    """A rendering starts with a full budget, whatever the one before or beside it has used."""
+    template = ChatTemplate("{{ 'a' * (messages | length) * 1000 }}", max_chars=5000)
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(3):
+            with pytest.raises(InvalidRequest, match="more text than 5000"):
+                template.render(MESSAGES * 2)
+            texts = pool.map(template.render, [MESSAGES[:1]] * 20)
+            assert set(map(len, texts)) == {1000}
+
+
+def test_long_conversations_fit() -> None:
+    """A prompt of ten million characters stays within the default limits."""
+    messages = [ChatMessage("user", "x" * 100_000), ChatMessage("assistant", "y" * 100_000)] * 50
+    assert len(ChatTemplate(CHATML).render(messages)) > 10_000_000
+
+
+def test_strftime_now() -> None:
+    """Templates may print today's date."""
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d", render("{{ strftime_now('%Y-%m-%d') }}"))

@@ -1,0 +1,262 @@
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import anyio
+import pytest
+
+from lmx.config import Config, EngineSettings
+from lmx.errors import (
+    ContextLengthExceeded,
+    GenerationFailed,
+    LMXError,
+    ModelLoadFailed,
+    QueueFull,
+    RunnerDied,
+    ServerStopping,
+)
+from lmx.generation import ChatMessage, SamplingParams
+from lmx.inference import Generation, InferenceQueue, Runner, runner_environment
+from lmx.messages import Delta, Finished, Load
+
+from .fake_runner import COMMAND
+
+pytestmark = pytest.mark.anyio
+
+LONG = EngineSettings(context_length=100_000_000)
+
+
+def make(tmp_path: Path, name: str = "model", config: Config | None = None) -> Runner:
+    config = config or Config(engine=LONG)
+    load = Load(str(tmp_path / name), "mlx", config.engine, str(tmp_path / "turn"))
+    return Runner(load, config, command=COMMAND)
+
+
+@asynccontextmanager
+async def started(tmp_path: Path, config: Config | None = None) -> AsyncIterator[Runner]:
+    runner = make(tmp_path, config=config)
+    with anyio.fail_after(60):
+        async with anyio.create_task_group() as tasks:
+            await tasks.start(runner.run)
+            yield runner
+            await runner.stop()
+
+
+def say(text: str) -> list[ChatMessage]:
+    return [ChatMessage("user", text)]
+
+
+async def text_of(generation: Generation) -> str:
+    return "".join(
+        [e.text async for events in generation for e in events if isinstance(e, Delta)]
+    )
+
+
+async def until_idle(runner: Runner) -> None:
+    while runner.active:
+        await anyio.wait_all_tasks_blocked()
+
+
+async def test_a_generation_streams_what_the_runner_says(tmp_path: Path) -> None:
+    """Accepted with its counts, the text in order, one Finished at the very end."""
+    queue = InferenceQueue(Config())
+    async with started(tmp_path) as runner:
+        assert runner.loaded is not None and runner.loaded.engine == "fake 1.0"
+        async with queue.generate(runner, say("a b c"), SamplingParams()) as generation:
+            assert generation.prompt_tokens == 3
+            events = [event async for batch in generation for event in batch]
+        assert "".join(e.text for e in events if isinstance(e, Delta)) == "a b c "
+        assert [e for e in events if isinstance(e, Finished)] == [events[-1]]
+        assert runner.active == 0
+
+
+async def test_many_generations_at_once(tmp_path: Path) -> None:
+    """Forty requests on sixteen rows: each gets its own answer."""
+    queue = InferenceQueue(Config())
+    answers: dict[int, str] = {}
+    async with started(tmp_path) as runner:
+
+        async def one(number: int) -> None:
+            words = f"{number} " * 5
+            async with queue.generate(runner, say(words), SamplingParams()) as generation:
+                answers[number] = await text_of(generation)
+
+        async with anyio.create_task_group() as tasks:
+            for number in range(40):
+                tasks.start_soon(one, number)
+    assert answers == {number: f"{number} " * 5 for number in range(40)}
+
+
+@pytest.mark.parametrize(
+    ("text", "error"),
+    [("FAIL", GenerationFailed), ("KILL", RunnerDied), ("RAISE", RunnerDied), ("BROKEN", RunnerDied)],
+)
+async def test_a_failure_reaches_its_request(
+    tmp_path: Path, text: str, error: type[LMXError]
+) -> None:
+    """Whatever happens in the runner, the waiting request gets an error and not silence."""
+    queue = InferenceQueue(Config())
+    async with started(tmp_path) as runner:
+        with pytest.raises(error):
+            async with queue.generate(runner, say(text), SamplingParams()) as generation:
+                await text_of(generation)
+        assert runner.active == 0
+
+
+async def test_a_dead_runner_says_how_it_died(tmp_path: Path) -> None:
+    """The error names the signal or exit code, and new requests are refused at once."""
+    queue = InferenceQueue(Config())
+    async with started(tmp_path) as runner:
+        async with queue.generate(runner, say("FOREVER a"), SamplingParams()) as generation:
+            batches = aiter(generation)
+            await anext(batches)
+            assert runner.pid is not None
+            os.kill(runner.pid, signal.SIGKILL)
+            with pytest.raises(RunnerDied, match="signal 9"):
+                while True:
+                    await anext(batches)
+        with pytest.raises(RunnerDied, match="signal 9"):
+            async with queue.generate(runner, say("a"), SamplingParams()):
+                raise AssertionError("accepted by a dead runner")
+
+
+async def test_a_refused_prompt_raises_on_entering(tmp_path: Path) -> None:
+    """The refusal comes before anything could have been sent to the client."""
+    queue = InferenceQueue(Config())
+    async with started(tmp_path, Config(engine=EngineSettings(context_length=16))) as runner:
+        with pytest.raises(ContextLengthExceeded, match=r"16 tokens.*has 20"):
+            async with queue.generate(runner, say("w " * 20), SamplingParams()):
+                raise AssertionError("accepted")
+        assert runner.active == 0
+
+
+async def test_leaving_a_generation_cancels_it(tmp_path: Path) -> None:
+    """A client that goes away frees its row; nobody has to read its events."""
+    queue = InferenceQueue(Config())
+    async with started(tmp_path) as runner:
+        async with queue.generate(runner, say("FOREVER a"), SamplingParams()) as generation:
+            await anext(aiter(generation))
+        with anyio.fail_after(10):
+            while runner.active:
+                await anyio.lowlevel.checkpoint()
+        async with queue.generate(runner, say("still here"), SamplingParams()) as generation:
+            assert await text_of(generation) == "still here "
+
+
+async def test_events_wait_for_a_slow_reader_in_one_list(tmp_path: Path) -> None:
+    """What arrives while the reader is busy comes with its next look, none lost, in order."""
+    generation = Generation(1)
+    for number in range(3):
+        generation.put(Delta(1, str(number), number))
+    generation.put(Finished(1, "stop", 3))
+    batches = [batch async for batch in generation]
+    assert batches == [[*(Delta(1, str(n), n) for n in range(3)), Finished(1, "stop", 3)]]
+
+
+async def test_an_error_comes_after_the_events_before_it(tmp_path: Path) -> None:
+    """Text that has arrived is delivered before the failure is."""
+    generation = Generation(1)
+    generation.put(Delta(1, "a", 1))
+    generation.fail(GenerationFailed("no"))
+    batches = aiter(generation)
+    assert await anext(batches) == [Delta(1, "a", 1)]
+    with pytest.raises(GenerationFailed):
+        await anext(batches)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("broken", "broken/weights: not weights"), ("dies", "signal 9.*about to die")],
+)
+async def test_a_model_that_does_not_load(tmp_path: Path, name: str, message: str) -> None:
+    """The reason is the backend's, or how the process died and its last words."""
+    async with anyio.create_task_group() as tasks:
+        with pytest.raises(ModelLoadFailed, match=message):
+            await tasks.start(make(tmp_path, name).run)
+
+
+async def test_a_load_that_takes_too_long_is_ended(tmp_path: Path) -> None:
+    """The load timeout ends the process and says so."""
+    runner = make(tmp_path, "hangs", Config(load_timeout_seconds=0.2))
+    async with anyio.create_task_group() as tasks:
+        with pytest.raises(ModelLoadFailed, match="not loaded after 0 s"):
+            await tasks.start(runner.run)
+    assert runner.pid is not None
+    with pytest.raises(ProcessLookupError):
+        os.kill(runner.pid, 0)
+
+
+async def test_a_wedged_runner_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Requests but no step: they fail with the reason, and the process is killed in the end."""
+    monkeypatch.setattr("lmx.inference.TERMINATE_SECONDS", 0.1)
+    queue = InferenceQueue(Config())
+    async with started(tmp_path, Config(engine=LONG, step_timeout_seconds=0.5)) as runner:
+        with pytest.raises(RunnerDied, match="took no step"):
+            async with queue.generate(runner, say("HANG"), SamplingParams()) as generation:
+                await text_of(generation)
+        await runner.ended.wait()
+
+
+async def test_stopping_a_runner_ends_its_process(tmp_path: Path) -> None:
+    """A running request gets a clear error, and the process is gone."""
+    queue = InferenceQueue(Config())
+    async with started(tmp_path) as runner:
+        async with queue.generate(runner, say("FOREVER a"), SamplingParams()) as generation:
+            batches = aiter(generation)
+            await anext(batches)
+            await runner.stop()
+            with pytest.raises(ServerStopping):
+                while True:
+                    await anext(batches)
+        assert runner.exit == "The model's process ended (exit code 0)."
+
+
+def test_the_queue_is_bounded() -> None:
+    """One place more than there are is a 429 with a time to try again; a place given back counts."""
+    queue = InferenceQueue(Config(queue_size=2))
+    with queue.place(), queue.place():
+        with pytest.raises(QueueFull) as caught, queue.place():
+            raise AssertionError("a third place")
+        assert caught.value.status == 429 and caught.value.retry_after
+        assert queue.outstanding == 2
+    with queue.place():
+        assert queue.outstanding == 1
+
+
+def test_a_stopping_queue_takes_nothing() -> None:
+    """After refuse_new every new request is a 503."""
+    queue = InferenceQueue(Config())
+    queue.refuse_new()
+    with pytest.raises(ServerStopping), queue.place():
+        raise AssertionError("a place")
+
+
+async def test_abort_fails_what_runs(tmp_path: Path) -> None:
+    """At the end of the grace period every open request gets its last event."""
+    queue = InferenceQueue(Config())
+    async with started(tmp_path) as runner:
+        async with queue.generate(runner, say("FOREVER a"), SamplingParams()) as generation:
+            batches = aiter(generation)
+            await anext(batches)
+            queue.abort()
+            with pytest.raises(ServerStopping):
+                while True:
+                    await anext(batches)
+
+
+def test_openblas_is_preloaded_on_linux_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the library is installed, and never over a choice of the user's."""
+    monkeypatch.delenv("LD_PRELOAD", raising=False)
+    monkeypatch.setattr(sys, "platform", "linux")
+    assert runner_environment(lambda name: f"lib{name}.so.0")["LD_PRELOAD"] == "libopenblas.so.0"
+    assert "LD_PRELOAD" not in runner_environment(lambda name: None)
+    monkeypatch.setenv("LD_PRELOAD", "mine.so")
+    assert runner_environment(lambda name: f"lib{name}.so.0")["LD_PRELOAD"] == "mine.so"
+    monkeypatch.delenv("LD_PRELOAD")
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert "LD_PRELOAD" not in runner_environment(lambda name: f"lib{name}.so.0")
