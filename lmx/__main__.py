@@ -25,7 +25,7 @@ from .errors import ConfigError, LMXError
 from .inference import InferenceQueue
 
 KEEP_ALIVE_SECONDS = 75
-"""Longer than any client's pool keeps an idle connection, so that the client is the one to close."""
+"""Longer than any client's pool keeps an idle connection: the client is the one to close."""
 
 SHUTDOWN_MARGIN_SECONDS = 5
 """From failing what still runs to cutting the connections."""

@@ -75,9 +75,11 @@ def load_config(path: Path | None, overrides: dict[str, Any] | None = None) -> C
     values: Any = {}
     if chosen is not None:
         try:
-            values = yaml.safe_load(chosen.read_text(encoding="utf-8")) or {}
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            values = yaml.safe_load(chosen.read_text(encoding="utf-8"))
+        # PyYAML lets a ValueError escape for an impossible date, a RecursionError for a deep nest.
+        except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
             raise ConfigError(f"cannot read the configuration {chosen}: {error}") from error
+        values = {} if values is None else values
     where = str(chosen) if chosen else "command line"
     if isinstance(values, dict):
         values |= overrides or {}

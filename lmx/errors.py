@@ -41,6 +41,16 @@ class InvalidRequest(LMXError):
     type = "invalid_request_error"
 
 
+class MissingParameter(InvalidRequest):
+    code = "missing_required_parameter"
+
+
+class UnsupportedParameter(InvalidRequest):
+    """Correct, but not built: refused, because an answer that ignores it would be wrong."""
+
+    code = "unsupported_parameter"
+
+
 class ContextLengthExceeded(InvalidRequest):
     code = "context_length_exceeded"
 

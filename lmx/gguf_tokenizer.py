@@ -1,4 +1,4 @@
-"""A Hugging Face tokenizer from a GGUF file's vocabulary, token for token the same as llama.cpp's."""
+"""A Hugging Face tokenizer from a GGUF file's vocabulary, giving the same tokens as llama.cpp."""
 
 from __future__ import annotations
 
@@ -92,15 +92,12 @@ def build_tokenizer(header: Header) -> Any:
         header.fail("its vocabulary repeats a token, or does not have one type for each")
     model = header.get("tokenizer.ggml.model", str)
     pre = header.get("tokenizer.ggml.pre", str, "default")
-    try:
-        if model == "llama":
-            tokenizer = _sentencepiece(header, tokens)
-        elif model == "gpt2" and pre in WORDS:
-            tokenizer = _byte_level(header, tokens, pre)
-        else:
-            header.fail(f"its tokenizer is {model} with pre-tokenizer {pre}, which is not known here")
-    except (TypeError, ValueError) as error:
-        header.fail(f"its tokenizer cannot be built: {error}")
+    if model == "llama":
+        tokenizer = _sentencepiece(header, tokens)
+    elif model == "gpt2" and pre in WORDS:
+        tokenizer = _byte_level(header, tokens, pre)
+    else:
+        header.fail(f"its tokenizer is {model} with pre-tokenizer {pre}, which is not known here")
     tokenizer.add_tokens(
         [
             hf.AddedToken(token, special=kind != _USER_DEFINED, normalized=False)
@@ -119,7 +116,14 @@ def build_tokenizer(header: Header) -> Any:
 
 
 def _tokens(header: Header) -> list[str]:
-    return header.get("tokenizer.ggml.tokens", list)
+    return _strings(header, "tokenizer.ggml.tokens")
+
+
+def _strings(header: Header, key: str) -> list[str]:
+    values = header.get(key, list)
+    if not all(isinstance(value, str) for value in values):
+        header.fail(f"{key} is not text")
+    return values
 
 
 def _added(header: Header, name: str, default: bool) -> list[str]:
@@ -133,16 +137,10 @@ def _added(header: Header, name: str, default: bool) -> list[str]:
 def _byte_level(header: Header, tokens: list[str], pre: str) -> Any:
     import tokenizers as hf
 
-    merges = []
-    for merge in header.get("tokenizer.ggml.merges", list):
-        left, _, right = merge[1:].partition(" ")  # a token may begin with a space itself
-        merges.append((merge[0] + left, right))
-    bpe = hf.models.BPE(
-        vocab={token: i for i, token in enumerate(tokens)},
-        merges=merges,
-        ignore_merges=pre in _LLAMA3_LIKE,
-    )
-    tokenizer = hf.Tokenizer(bpe)
+    # Only a space after the first character separates (`word.find(' ', 1)` in llama-vocab.cpp).
+    cuts = [(m[:1], *m[1:].partition(" ")) for m in _strings(header, "tokenizer.ggml.merges")]
+    merges = [(first + left, right) for first, left, _, right in cuts]
+    tokenizer = _bpe(header, tokens, merges, ignore_merges=pre in _LLAMA3_LIKE)
     tokenizer.pre_tokenizer = hf.pre_tokenizers.Sequence(
         [hf.pre_tokenizers.Split(hf.Regex(words), "isolated") for words in WORDS[pre]]
         + [hf.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
@@ -152,27 +150,29 @@ def _byte_level(header: Header, tokens: list[str], pre: str) -> Any:
 
 
 def _sentencepiece(header: Header, tokens: list[str]) -> Any:
-    """SentencePiece joins the neighbours whose joint token has the best score. A merge list in order
-    of score does the same: every way to cut a token in two is one merge."""
+    """SentencePiece joins the neighbours whose joint token has the best score. A merge list in
+    order of score does the same: every way to cut a token in two is one merge."""
     import tokenizers as hf
 
-    vocabulary = {token: i for i, token in enumerate(tokens)}
+    ids = {token: i for i, token in enumerate(tokens)}
     scores = header.get("tokenizer.ggml.scores", list)
+    if len(scores) != len(tokens):
+        header.fail(f"it has {len(scores)} scores for {len(tokens)} tokens")
     merges = sorted(
-        (-scores[i], vocabulary[token[:cut]], vocabulary[token[cut:]])
-        for token, i in vocabulary.items()
+        (-scores[i], ids[token[:cut]], ids[token[cut:]])
+        for i, token in enumerate(tokens)
         for cut in range(1, len(token))
-        if token[:cut] in vocabulary and token[cut:] in vocabulary
+        if token[:cut] in ids and token[cut:] in ids
     )
     unknown = token_id(header, "unknown")
-    bpe = hf.models.BPE(
-        vocab=vocabulary,
-        merges=[(tokens[left], tokens[right]) for _, left, right in merges],
+    tokenizer = _bpe(
+        header,
+        tokens,
+        [(tokens[left], tokens[right]) for _, left, right in merges],
         unk_token=None if unknown is None else tokens[unknown],
         fuse_unk=True,
         byte_fallback=True,
     )
-    tokenizer = hf.Tokenizer(bpe)
     prefix = header.get("tokenizer.ggml.add_space_prefix", bool, True)
     tokenizer.normalizer = hf.normalizers.Sequence(
         [hf.normalizers.Prepend("▁")] * prefix + [hf.normalizers.Replace(" ", "▁")]
@@ -182,3 +182,13 @@ def _sentencepiece(header: Header, tokens: list[str]) -> Any:
         + [hf.decoders.Strip(" ", 1, 0)] * prefix
     )
     return tokenizer
+
+
+def _bpe(header: Header, tokens: list[str], merges: list[tuple[str, str]], **options: Any) -> Any:
+    import tokenizers as hf
+
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    try:
+        return hf.Tokenizer(hf.models.BPE(vocab=vocabulary, merges=merges, **options))
+    except Exception as error:  # tokenizers raises nothing more specific
+        header.fail(f"its tokenizer cannot be built: {error}")

@@ -135,6 +135,7 @@ class Registry:
                 "format": slot.model.format,
                 "state": slot.state,
                 "active": slot.runner.active if slot.runner else 0,
+                "pid": slot.runner.pid if slot.runner else None,
                 "engine": slot.runner.loaded.engine if slot.runner and slot.runner.loaded else None,
                 "error": slot.error.message if slot.error else None,
             }
@@ -189,9 +190,9 @@ class Registry:
             started = anyio.current_time()
             await self._tasks.start(self._supervise, slot, slot.runner)
             logger.info("%s is ready after %.1f s", slot.model.id, anyio.current_time() - started)
-        except LMXError as error:
-            logger.error("%s does not load: %s", slot.model.id, error.message)
-            slot.error = error
+        except (LMXError, OSError) as error:
+            logger.error("%s does not load: %s", slot.model.id, error)
+            slot.error = error if isinstance(error, LMXError) else ModelLoadFailed(str(error))
             slot.runner = None
         finally:
             slot.loading.set()

@@ -231,12 +231,12 @@ class Runner:
         running.tokens += 1
         text = running.output.feed(step.text)
         finish = step.finish
+        if finish is not None:
+            text += running.output.finish()
         if running.output.stopped:
             if finish is None:
                 self._backend.remove(step.uid)
             finish = "stop"
-        elif finish is not None:
-            text += running.output.finish()
         events: list[AnyEvent] = []
         if text:
             events.append(Delta(step.uid, text, running.tokens))

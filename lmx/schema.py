@@ -15,7 +15,7 @@ import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
 from .config import SamplingDefaults
-from .errors import InvalidRequest
+from .errors import InvalidRequest, MissingParameter, UnsupportedParameter
 from .generation import ChatMessage, SamplingParams, Usage
 
 T = TypeVar("T")
@@ -45,19 +45,6 @@ ROLES: Final = {
     "function": "tool",
 }
 """OpenAI's roles, and the ones that chat templates know for them."""
-
-
-class MissingParameter(InvalidRequest):
-    code = "missing_required_parameter"
-
-    def __init__(self, param: str) -> None:
-        super().__init__(f"Missing required parameter: '{param}'.", param=param)
-
-
-class UnsupportedParameter(InvalidRequest):
-    """Correct, but not built: refused, because an answer that ignores it would be wrong."""
-
-    code = "unsupported_parameter"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,7 +87,7 @@ def _text(part: ContentPart, where: str) -> str:
         )
     text = part.text if part.type == "text" else part.refusal
     if text is None:
-        raise MissingParameter(f"{where}.{part.type}")
+        raise _missing(f"{where}.{part.type}")
     return text
 
 
@@ -246,10 +233,14 @@ def _invalid(message: str) -> InvalidRequest:
     what = match["what"]
     path = (match["path"] or "").removesuffix("[...]")
     if missing := _MISSING.fullmatch(what):
-        return MissingParameter(f"{path}.{missing[1]}".lstrip("."))
+        return _missing(f"{path}.{missing[1]}".lstrip("."))
     where = f" for '{path}'" if path else ""
     what = what.replace("`", "").replace("float that's a multiple of 1.0", "a whole number")
     return InvalidRequest(f"Invalid value{where}: {what}.", param=path or None)
+
+
+def _missing(param: str) -> MissingParameter:
+    return MissingParameter(f"Missing required parameter: '{param}'.", param=param)
 
 
 # What goes out. Fields in OpenAI's order; None is sent as null, UNSET is not sent.

@@ -7,8 +7,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from lmx.runner import main  # noqa: E402
-from tests.fakes import load  # noqa: E402
+from lmx.runner import main
+from tests.fakes import load
 
 COMMAND = (sys.executable, __file__)
 

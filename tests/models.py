@@ -16,13 +16,14 @@ import struct
 import tempfile
 import time
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from lmx import convert, gguf_header
+from lmx import convert, gguf_header, gguf_tokenizer
 from lmx.gguf_header import TENSOR_TYPES, read_header
 
 Floats = npt.NDArray[np.float32]
@@ -55,7 +56,7 @@ def smollm2_mlx() -> Path:
     source = smollm2_gguf()
     stat = source.stat()
     key = hashlib.sha256(f"{source} {stat.st_size} {stat.st_mtime_ns}".encode())
-    for module in (convert, gguf_header):
+    for module in (convert, gguf_header, gguf_tokenizer):
         key.update(inspect.getsource(module).encode())
     cache = Path(tempfile.gettempdir()) / f"lmx-tests-{os.getuid()}"
     cache.mkdir(mode=0o700, exist_ok=True)
@@ -102,7 +103,6 @@ def tiny_gguf(folder: Path, kind: str = "F32", **overrides: Any) -> Path:
 
 def tiny_metadata(**overrides: Any) -> dict[str, Any]:
     config = TINY | overrides
-    smollm2 = read_header(smollm2_gguf()).metadata
     return {
         "general.architecture": "llama",
         "general.name": "tiny",
@@ -118,7 +118,13 @@ def tiny_metadata(**overrides: Any) -> dict[str, Any]:
         "llama.rope.dimension_count": config["head_dim"],
         "llama.rope.freq_base": config["rope_theta"],
         "llama.vocab_size": config["vocab_size"],
-    } | {key: value for key, value in smollm2.items() if key.startswith("tokenizer.")}
+    } | _smollm2_tokenizer()
+
+
+@cache
+def _smollm2_tokenizer() -> dict[str, Any]:
+    metadata = read_header(smollm2_gguf()).metadata
+    return {key: value for key, value in metadata.items() if key.startswith("tokenizer.")}
 
 
 Tensor = tuple[str, tuple[int, ...], bytes]
@@ -167,15 +173,22 @@ def _tiny_weights(config: dict[str, Any]) -> list[tuple[str, str, Floats]]:
             (block + "ffn_up", layer + "mlp.up_proj", (inner, hidden)),
             (block + "ffn_down", layer + "mlp.down_proj", (hidden, inner)),
         ]
+    return [(f"{g}.weight", f"{m}.weight", array) for g, m, array in _random(tuple(shapes))]
+
+
+@cache
+def _random(
+    shapes: tuple[tuple[str, str, tuple[int, ...]], ...],
+) -> list[tuple[str, str, Floats]]:
     random = np.random.default_rng(0)
     weights = []
     for gguf, mlx, shape in shapes:
         array = random.standard_normal(shape, np.float32)
         if len(shape) == 1:
-            array = 1 + array / 8
+            array = array / np.float32(8) + np.float32(1)
         elif gguf not in ("token_embd", "output"):
             array = array / np.float32(shape[1] ** 0.5)
-        weights.append((f"{gguf}.weight", f"{mlx}.weight", array))
+        weights.append((gguf, mlx, array))
     return weights
 
 

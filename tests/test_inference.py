@@ -52,9 +52,7 @@ def say(text: str) -> list[ChatMessage]:
 
 
 async def text_of(generation: Generation) -> str:
-    return "".join(
-        [e.text async for events in generation for e in events if isinstance(e, Delta)]
-    )
+    return "".join([e.text async for events in generation for e in events if isinstance(e, Delta)])
 
 
 async def until_idle(runner: Runner) -> None:
@@ -94,7 +92,12 @@ async def test_many_generations_at_once(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "error"),
-    [("FAIL", GenerationFailed), ("KILL", RunnerDied), ("RAISE", RunnerDied), ("BROKEN", RunnerDied)],
+    [
+        ("FAIL", GenerationFailed),
+        ("KILL", RunnerDied),
+        ("RAISE", RunnerDied),
+        ("BROKEN", RunnerDied),
+    ],
 )
 async def test_a_failure_reaches_its_request(
     tmp_path: Path, text: str, error: type[LMXError]
@@ -217,7 +220,7 @@ async def test_stopping_a_runner_ends_its_process(tmp_path: Path) -> None:
 
 
 def test_the_queue_is_bounded() -> None:
-    """One place more than there are is a 429 with a time to try again; a place given back counts."""
+    """One place too many is a 429 with a time to try again; a place given back counts."""
     queue = InferenceQueue(Config(queue_size=2))
     with queue.place(), queue.place():
         with pytest.raises(QueueFull) as caught, queue.place():

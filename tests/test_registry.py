@@ -47,7 +47,10 @@ def mlx(name: str) -> tuple[str, str]:
         (["a/b/x-Q4_K_M.gguf", "a/b/x-Q8_0.gguf"], ["x", "x@q8_0"]),
         ([*mlx("p/m-4bit"), *mlx("p/m-8bit")], ["m", "m@8bit"]),
         ([*mlx("p/m-4bit"), "a/m-GGUF/m-Q4_K_M.gguf"], ["m", "m@q4_k_m"]),
-        ([*mlx("p/m-4bit"), *mlx("q/m-4bit"), *mlx("r/m-4bit")], ["m", "m@4bit", "r/m-4bit/m-4bit"]),
+        (
+            [*mlx("p/m-4bit"), *mlx("q/m-4bit"), *mlx("r/m-4bit")],
+            ["m", "m@4bit", "r/m-4bit/m-4bit"],
+        ),
     ],
     ids=str,
 )
@@ -112,7 +115,9 @@ async def test_names_of_a_model(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.anyio
-@pytest.mark.parametrize("name", ["", "m2", "pub", "pub/", "../m", "/etc/passwd", "m\0", "x" * 9999])
+@pytest.mark.parametrize(
+    "name", ["", "m2", "pub", "pub/", "../m", "/etc/passwd", "m\0", "x" * 9999]
+)
 async def test_an_unknown_name_is_nobodys(tmp_path: Path, name: str) -> None:
     """Never another model's answer; the error lists what there is and stays short."""
     async with registry(put(tmp_path, *mlx("pub/m"))) as models:

@@ -130,9 +130,7 @@ def test_an_answer_ends_where_the_request_says(
     ],
     ids=["too long", "empty", "logit_bias outside the vocabulary"],
 )
-def test_a_bad_prompt_is_refused(
-    tmp_path: Path, request_: Generate, code: str, param: str
-) -> None:
+def test_a_bad_prompt_is_refused(tmp_path: Path, request_: Generate, code: str, param: str) -> None:
     """A refusal is the only event of its request, and the runner goes on."""
     with running(tmp_path) as (say, heard, _, _):
         say(request_)

@@ -46,16 +46,26 @@ DEFAULT_SEED: Final = 0xFFFFFFFF
 _NO_SLOT: Final = 1
 _BAD_BATCH: Final = -1
 
-# llama.cpp has one log per process; ERROR is 4. The lines say why a load or a step failed, and how
-# large its buffers are, which the C API does not tell. ctypes needs the callback kept alive.
+_GGML_TYPE_BF16: Final = 30
+_LOG_INFO: Final = 2
+_LOG_ERROR: Final = 4
+
+# llama.cpp has one log per process. Its lines say why a load or a step failed, and how large its
+# buffers are, which the C API does not tell. ctypes needs the callback kept alive.
 _log: Final[deque[tuple[int, str]]] = deque(maxlen=1000)
-_log_callback: Final = llama_cpp.llama_log_callback(
-    lambda level, text, _: _log.append((level, text.decode("utf-8", "replace").strip()))
-)
+
+
+def _keep(level: int, text: bytes, _: object) -> None:
+    if _LOG_INFO <= level <= _LOG_ERROR:
+        _log.append((level, text.decode("utf-8", "replace").strip()))
+
+
+_log_callback: Final = llama_cpp.llama_log_callback(_keep)
 
 
 def _errors() -> str:
-    return "; ".join(dict.fromkeys(text for level, text in _log if level == 4)) or "no reason given"
+    lines = dict.fromkeys(text for level, text in _log if level == _LOG_ERROR)
+    return "; ".join(lines) or "no reason given"
 
 
 @dataclass(slots=True, eq=False)
@@ -93,41 +103,16 @@ class GGUFBackend:
         )
         if not self._model:
             raise ModelLoadFailed(f"{path}: {_errors()}")
+        self.parallel = settings.parallel
+        self.engine = f"llama.cpp (llama-cpp-python {llama_cpp.__version__})"
         try:
             self._make_context(settings)
+            self._read_vocabulary(header.metadata.get("tokenizer.chat_template"))
         except ModelLoadFailed as error:
             self._free_native()
             raise ModelLoadFailed(f"{path}: {error.message}") from None
-
-        self._vocab = llama_cpp.llama_model_get_vocab(self._model)
-        self.vocabulary_size: int = llama_cpp.llama_vocab_n_tokens(self._vocab)
-        self.parallel = settings.parallel
-        self.engine = f"llama.cpp (llama-cpp-python {llama_cpp.__version__})"
-        texts = [
-            llama_cpp.llama_vocab_get_text(self._vocab, i) for i in range(self.vocabulary_size)
-        ]
-        # A token's text in the vocabulary is at least as long as the bytes it stands for.
-        self._longest_token = max(map(len, texts))
-        bos, eos = (
-            (token, texts[token].decode("utf-8", "replace") if token >= 0 else "")
-            for token in (
-                llama_cpp.llama_vocab_bos(self._vocab),
-                llama_cpp.llama_vocab_eos(self._vocab),
-            )
-        )
-        self._bos = bos if llama_cpp.llama_vocab_get_add_bos(self._vocab) and bos[1] else None
-        template = header.metadata.get("tokenizer.chat_template")
-        try:
-            self.chat_template = (
-                ChatTemplate(template, bos_token=bos[1], eos_token=eos[1])
-                if isinstance(template, str)
-                else None
-            )
-        except ModelLoadFailed:
-            self._free_native()
-            raise
         sizes = (re.search(r"buffer size =\s*([\d.]+) MiB", text) for _, text in _log)
-        self._memory = max(
+        self._memory: int = max(
             int(sum(float(size[1]) for size in sizes if size) * 2**20),
             llama_cpp.llama_model_size(self._model),
         )
@@ -167,15 +152,31 @@ class GGUFBackend:
             # is chosen and all rows are bit-equal, at no cost for decoding; prefill is slower, by
             # 5 % for 330 tokens and 40 % for 3900. On a GPU the number of rows selects the matrix
             # kernels as well, so there is nothing to win.
-            params.type_k = llama_cpp.GGML_TYPE_BF16
+            params.type_k = _GGML_TYPE_BF16
         self._context = llama_cpp.llama_init_from_model(self._model, params)
         if not self._context:
             raise ModelLoadFailed(f"no context of {self.context_length} tokens: {_errors()}")
-        self._cache = llama_cpp.llama_get_memory(self._context)
+        self._cache: Any = llama_cpp.llama_get_memory(self._context)
         pooling = llama_cpp.llama_pooling_type(self._context)
         if not self._cache or pooling != llama_cpp.LLAMA_POOLING_TYPE_NONE:
             raise ModelLoadFailed("an embedding model, which generates no text")
         self._cells: int = llama_cpp.llama_n_ctx(self._context)
+
+    def _read_vocabulary(self, template: object) -> None:
+        self._vocab = llama_cpp.llama_model_get_vocab(self._model)
+        self.vocabulary_size: int = llama_cpp.llama_vocab_n_tokens(self._vocab)
+        texts: list[bytes] = [
+            llama_cpp.llama_vocab_get_text(self._vocab, i) for i in range(self.vocabulary_size)
+        ]
+        # A token's text in the vocabulary is at least as long as the bytes it stands for.
+        self._longest_token = max(map(len, texts))
+        ids = (llama_cpp.llama_vocab_bos(self._vocab), llama_cpp.llama_vocab_eos(self._vocab))
+        bos, eos = (texts[i].decode("utf-8", "replace") if i >= 0 else "" for i in ids)
+        add_bos = bool(bos) and llama_cpp.llama_vocab_get_add_bos(self._vocab)
+        self._bos = (ids[0], bos) if add_bos else None
+        self.chat_template: ChatTemplate | None = None
+        if isinstance(template, str):
+            self.chat_template = ChatTemplate(template, bos_token=bos, eos_token=eos)
 
     def tokenize(self, text: str) -> list[int]:
         data = text.encode("utf-8", "replace")
@@ -189,7 +190,7 @@ class GGUFBackend:
         size = len(data) + 2
         while True:
             buffer = (ctypes.c_int32 * size)()
-            count = llama_cpp.llama_tokenize(
+            count: int = llama_cpp.llama_tokenize(
                 self._vocab, data, len(data), buffer, size, False, True
             )
             if count >= 0:
@@ -338,6 +339,7 @@ class GGUFBackend:
                 i += 1
             outputs[i - 1] = count == row.pending
         native.n_tokens = i
+        _log.clear()
         code: int = llama_cpp.llama_decode(self._context, native)
         if code not in (0, _NO_SLOT, _BAD_BATCH):
             raise BackendBroken(f"llama_decode returned {code}: {_errors()}")
@@ -377,7 +379,8 @@ class GGUFBackend:
                 self._vocab, token, self._piece, size, 0, False
             )
             if count >= 0:
-                return self._piece.raw[:count]
+                data: bytes = self._piece.raw[:count]
+                return data
             self._piece = ctypes.create_string_buffer(-count)
 
     def _sampler(self, params: SamplingParams, prompt: list[int]) -> Any:

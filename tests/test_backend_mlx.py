@@ -1,0 +1,478 @@
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import mlx.core as mx
+import pytest
+
+from lmx.backends import BackendBroken, Sequence, SequenceFailed, StepEvent, TokenEvent
+from lmx.backends.mlx import MLXBackend, _Adjustments, _Sampler
+from lmx.config import EngineSettings
+from lmx.errors import ContextLengthExceeded, ModelLoadFailed
+from lmx.generation import SamplingParams
+
+from . import models
+
+GREEDY = SamplingParams(temperature=0)
+NEAR_TIE = 0.05
+"""Logits; kernels for different batch shapes add in different orders."""
+
+BEGINNINGS = [
+    "The capital of France is",
+    "Water is made of",
+    "Once upon a time",
+    "The largest planet is",
+    "To make pancakes, you need",
+    "Photosynthesis is",
+    "Two plus two equals",
+    "Hamlet was written by",
+    "In the year 1969,",
+    "A triangle has",
+    "Hello, my name is",
+    "Python is a programming",
+    "The sky is blue because",
+    "Three fruits: apple,",
+    "The opposite of hot is",
+    "My favourite colour",
+]
+
+
+@pytest.fixture(scope="module")
+def smollm2() -> MLXBackend:
+    return MLXBackend(models.smollm2_mlx(), EngineSettings())
+
+
+@pytest.fixture
+def tiny_path(tmp_path: Path) -> Path:
+    return models.tiny_mlx(tmp_path / "tiny")
+
+
+@pytest.fixture
+def tiny(tiny_path: Path) -> MLXBackend:
+    return MLXBackend(tiny_path, EngineSettings())
+
+
+def chat(backend: MLXBackend, question: str) -> list[int]:
+    return backend.tokenize(f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n")
+
+
+def sequence(
+    backend: MLXBackend, uid: int, text: str, max_tokens: int = 8, params: SamplingParams = GREEDY
+) -> Sequence:
+    return Sequence(uid, backend.tokenize(text), max_tokens, params)
+
+
+def complete(
+    backend: MLXBackend,
+    sequences: list[Sequence],
+    each_step: Callable[[list[StepEvent]], None] = lambda events: None,
+) -> dict[int, str]:
+    """All sequences run together to their ends: their texts."""
+    for one in sequences:
+        backend.add(one)
+    texts = {one.uid: "" for one in sequences}
+    running = set(texts)
+    while running:
+        events = backend.step()
+        each_step(events)
+        for event in events:
+            if isinstance(event, TokenEvent):
+                texts[event.uid] += event.text
+            if isinstance(event, SequenceFailed) or event.finish:
+                running.discard(event.uid)
+    return texts
+
+
+def test_mlx_lm_never_wires_memory(tiny: MLXBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a Mac, making and closing generators must not call set_wired_limit (a private hook)."""
+    calls: list[int] = []
+    monkeypatch.setattr(mx, "device_info", lambda: {"max_recommended_working_set_size": 2**30})
+    monkeypatch.setattr(mx, "set_wired_limit", calls.append)
+    complete(tiny, [sequence(tiny, 1, "a b c")])
+    tiny._new_generator().close()
+    assert calls == []
+    module = sys.modules["mlx_lm.generate"]
+    assert module.BatchGenerator is sys.modules["lmx.backends.mlx"].BatchGenerator
+
+
+def test_a_greedy_answer_does_not_depend_on_its_neighbours(smollm2: MLXBackend) -> None:
+    """Alone and among 15 others the text is the same, or first differs at a near-tie."""
+    sequences = [sequence(smollm2, n, text, 12) for n, text in enumerate(BEGINNINGS)]
+    alone = {s.uid: complete(smollm2, [s])[s.uid] for s in sequences}
+    together = complete(smollm2, sequences)
+    assert alone[0].startswith(" Paris")
+    for one in sequences:
+        if alone[one.uid] != together[one.uid]:
+            gap = gap_where_they_part(smollm2, one.prompt, alone[one.uid], together[one.uid])
+            sys.stdout.write(f"{BEGINNINGS[one.uid]}: differs at a top-two gap of {gap:.4f}\n")
+            assert gap < NEAR_TIE
+
+
+def gap_where_they_part(backend: MLXBackend, prompt: list[int], one: str, other: str) -> float:
+    tokens = [backend.tokenize(text) for text in (one, other)]
+    common = next(
+        (n for n, (a, b) in enumerate(zip(*tokens, strict=False)) if a != b),
+        min(map(len, tokens)),
+    )
+    logits = backend._model(mx.array([prompt + tokens[0][:common]]))[0, -1]
+    second, first = sorted(mx.topk(logits, 2).tolist())
+    return float(first - second)
+
+
+def test_text_is_an_exact_continuation(smollm2: MLXBackend) -> None:
+    """The first token keeps its space: prompt and answer join to what the model meant."""
+    [text] = complete(smollm2, [sequence(smollm2, 1, "The capital of France is", 3)]).values()
+    assert text.startswith(" ")
+
+
+def test_the_end_token_ends_an_answer(smollm2: MLXBackend) -> None:
+    """An end-of-sequence token finishes with `stop` and adds no text."""
+    events: list[StepEvent] = []
+    texts = complete(smollm2, [Sequence(1, chat(smollm2, "Say hi."), 60, GREEDY)], events.extend)
+    assert texts[1] and "<|im_end|>" not in texts[1]
+    assert events[-1] == TokenEvent(1, "", "stop")
+
+
+@pytest.mark.parametrize("max_tokens", [1, 2, 7])
+def test_max_tokens_is_exact(tiny: MLXBackend, max_tokens: int) -> None:
+    """The last token's text is there and the finish says `length`."""
+    events: list[StepEvent] = []
+    forever = SamplingParams(temperature=0, logit_bias={0: -100, 2: -100})  # the two end tokens
+    complete(tiny, [sequence(tiny, 1, "once upon", max_tokens, forever)], events.extend)
+    assert len(events) == max_tokens
+    assert isinstance(events[-1], TokenEvent) and events[-1].finish == "length"
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        SamplingParams(temperature=2, top_k=1),
+        SamplingParams(temperature=2, top_p=1e-9),
+        SamplingParams(temperature=2, min_p=1.0),
+        SamplingParams(temperature=1e-6),
+    ],
+    ids=["top_k=1", "top_p=0", "min_p=1", "temperature=0+"],
+)
+def test_filters_that_leave_one_token_are_greedy(
+    smollm2: MLXBackend, params: SamplingParams
+) -> None:
+    """Each filter at its extreme keeps the likeliest token only."""
+    prompt = "The three primary colours are"
+    [greedy] = complete(smollm2, [sequence(smollm2, 1, prompt, 6)]).values()
+    [filtered] = complete(smollm2, [sequence(smollm2, 1, prompt, 6, params)]).values()
+    assert filtered == greedy
+
+
+def test_a_seed_repeats_its_answer_in_any_company(smollm2: MLXBackend) -> None:
+    """Same seed, same text, alone or among busy neighbours; another seed, another text."""
+    seeded = SamplingParams(temperature=1.5, seed=42, top_k=50, top_p=0.99)
+    one = sequence(smollm2, 1, "Tell me a story.", 12, seeded)
+    other = Sequence(2, one.prompt, 12, SamplingParams(temperature=1.5, seed=43))
+    noise = [sequence(smollm2, n, BEGINNINGS[n], 4 + n, SamplingParams()) for n in range(3, 7)]
+    alone = complete(smollm2, [one])[1]
+    together = complete(smollm2, [*noise, one, other])
+    assert together[1] == alone
+    assert together[2] != alone
+    assert complete(smollm2, [other])[2] != alone
+
+
+@pytest.mark.parametrize("seed", [0, -1, 2**63 - 1, -(2**63)])
+def test_any_64_bit_seed_works(tiny: MLXBackend, seed: int) -> None:
+    """Extreme seeds are seeds like others."""
+    one = sequence(tiny, 1, "x", 4, SamplingParams(seed=seed))
+    assert complete(tiny, [one]) == complete(tiny, [one])
+
+
+def test_mixed_parameters_share_a_batch(tiny: MLXBackend) -> None:
+    """Rows with and without processors, seeds and filters step together."""
+    several = [
+        SamplingParams(temperature=0),
+        SamplingParams(),
+        SamplingParams(seed=1, top_p=0.5),
+        SamplingParams(frequency_penalty=1, logit_bias={5: -100}),
+        SamplingParams(temperature=0, repetition_penalty=1.3),
+    ]
+    sequences = [sequence(tiny, n, "mixed " * (n + 1), 5, p) for n, p in enumerate(several)]
+    assert len(complete(tiny, sequences)) == len(several)
+
+
+def draw(sampler: _Sampler, logits: list[float], times: int = 300) -> set[int]:
+    row = mx.log(mx.softmax(mx.array([logits])))
+    return {int(sampler(row).item()) for _ in range(times)}
+
+
+@pytest.mark.parametrize(
+    ("filters", "drawn"),
+    [
+        ((1.0, 0, 1.0, 0.0), {0, 1, 2, 3}),
+        ((1.0, 2, 1.0, 0.0), {1, 3}),
+        ((1.0, 9, 1.0, 0.0), {0, 1, 2, 3}),
+        ((1.0, 0, 0.7, 0.0), {1, 3}),  # 0.5 alone does not reach 0.7
+        ((1.0, 0, 0.4, 0.0), {1}),
+        ((1.0, 3, 0.9, 0.0), {0, 1, 3}),  # of the three that are left, 0.84 is not yet 0.9
+        ((1.0, 0, 1.0, 0.3), {0, 1, 3}),
+        ((1.0, 0, 1.0, 0.5), {1, 3}),
+        ((1.0, 3, 0.95, 0.5), {1, 3}),
+        ((0.0, 0, 1.0, 0.0), {1}),
+    ],
+    ids=str,
+)
+def test_sampler_filters(filters: tuple[float, int, float, float], drawn: set[int]) -> None:
+    """temperature, top_k, top_p, min_p on the distribution 0.15, 0.5, 0.05, 0.3."""
+    logits = [math.log(p) for p in (0.16, 0.5, 0.04, 0.3)]
+    assert draw(_Sampler(*filters), logits) == drawn
+
+
+@pytest.mark.parametrize(
+    ("params", "expected"),
+    [
+        (SamplingParams(logit_bias={0: 5.0, 3: -100.0}), [6.0, 2.0, -3.0, -96.0]),
+        (SamplingParams(repetition_penalty=2.0), [0.5, 1.0, -3.0, 4.0]),
+        (SamplingParams(presence_penalty=0.5), [1.0, 1.5, -3.0, 4.0]),
+        (SamplingParams(frequency_penalty=0.5), [1.0, 1.0, -3.0, 4.0]),
+        (SamplingParams(presence_penalty=-1.0, frequency_penalty=0.5), [1.0, 2.0, -3.0, 4.0]),
+    ],
+    ids=["logit_bias", "repetition", "presence", "frequency", "both"],
+)
+def test_adjustments(params: SamplingParams, expected: list[float]) -> None:
+    """Token 0 is in the prompt, token 1 twice in the answer; repetition counts both, the others
+    the answer only."""
+    logits = mx.array([[1.0, 2.0, -3.0, 4.0]])
+    steps = _Adjustments(params, [0, 0], [])
+    steps(mx.array([0]), logits)
+    steps(mx.array([0, 1]), logits)
+    assert steps(mx.array([0, 1, 1]), logits).tolist() == [expected]
+    resumed = _Adjustments(params, [0, 0], [1, 1])
+    assert resumed(mx.array([0, 1, 1]), logits).tolist() == [expected]
+
+
+def test_repetition_penalty_lowers_negative_logits() -> None:
+    """The paper's rule: a negative logit is multiplied, so that it falls too."""
+    adjust = _Adjustments(SamplingParams(repetition_penalty=2.0), [1], [])
+    assert adjust(mx.array([1]), mx.array([[1.0, -2.0]])).tolist() == [[1.0, -4.0]]
+
+
+@pytest.mark.parametrize(
+    ("bias", "text"), [({1000: 100.0}, True), ({1000: 100.0, 1001: 100.5}, False)]
+)
+def test_logit_bias_forces_a_token(tiny: MLXBackend, bias: dict[int, float], text: bool) -> None:
+    """+100 makes a token certain, and the larger bias wins."""
+    wanted = tiny._tokenizer.decode([1000])
+    params = SamplingParams(temperature=0, logit_bias=bias)
+    [answer] = complete(tiny, [sequence(tiny, 1, "a", 3, params)]).values()
+    assert (answer == wanted * 3) is text
+
+
+def test_split_characters_are_held_back(tiny: MLXBackend) -> None:
+    """Half an emoji is never text; at the end what is left over becomes a replacement character."""
+    tokens = tiny.tokenize(" ok 🦆🦆é")
+    pieces: list[str] = []
+    tiny.add(sequence(tiny, 1, "a", 100))
+    tiny.step()
+    [inner] = tiny._rows
+    for token in tokens:
+        event = tiny._token_event(SimpleNamespace(uid=inner, token=token, finish_reason=None))
+        assert isinstance(event, TokenEvent)
+        pieces.append(event.text)
+    assert "".join(pieces) == " ok 🦆🦆é" and "\ufffd" not in "".join(pieces)
+    assert "" in pieces
+    half = tiny.tokenize("🦆")[0]
+    last = tiny._token_event(SimpleNamespace(uid=inner, token=half, finish_reason="length"))
+    assert isinstance(last, TokenEvent) and set(last.text) == {"\ufffd"}
+    tiny._generator.remove([inner])
+
+
+@pytest.mark.parametrize("steps", [0, 1, 2, 5], ids=["waiting", "prefilling", "first", "decoding"])
+def test_a_sequence_can_be_removed_at_any_time(tiny_path: Path, steps: int) -> None:
+    """Whatever stage it is in, its row is free and its neighbour's text is what it is alone."""
+    backend = MLXBackend(tiny_path, EngineSettings(prefill_slice_seconds=1e-6))
+    backend._slice_tokens = 32
+    neighbour = sequence(backend, 1, "a neighbour that stays", 12)
+    alone = complete(backend, [neighbour])
+    backend.add(neighbour)
+    while not any(isinstance(event, TokenEvent) for event in backend.step()):
+        pass
+    backend.add(sequence(backend, 2, "word " * 100, 50))
+    text = ""
+    for _ in range(steps):
+        text += "".join(e.text for e in backend.step() if isinstance(e, TokenEvent) and e.uid == 1)
+    backend.remove(2)
+    backend.remove(2)
+    backend.remove(77)
+    assert [row.sequence.uid for row in backend._rows.values()] == [1]
+    done = False
+    while not done:
+        for event in backend.step():
+            assert isinstance(event, TokenEvent) and event.uid == 1
+            text += event.text
+            done = event.finish is not None
+    assert alone[1].endswith(text)
+    assert not backend._rows and not backend._waiting
+
+
+def test_a_long_prompt_is_prefilled_in_slices(tiny_path: Path) -> None:
+    """While one prompt is prefilled, the running stream gets a token in every step."""
+    backend = MLXBackend(tiny_path, EngineSettings(prefill_slice_seconds=1e-6))
+    running = sequence(backend, 1, "go", 400, SamplingParams(logit_bias={0: -100, 2: -100}))
+    backend.add(running)
+    while not backend.step():
+        pass
+    backend._slice_tokens = 32
+    backend.add(sequence(backend, 2, "word " * 600, 1))
+    steps = 0
+    while 2 not in (uids := [event.uid for event in backend.step()]):
+        assert uids == [1]
+        steps += 1
+    assert steps >= 600 / 32
+
+
+def test_more_sequences_than_rows_wait_their_turn(tiny_path: Path) -> None:
+    """`parallel` bounds the batch, and everybody is served."""
+    backend = MLXBackend(tiny_path, EngineSettings(parallel=3))
+    rows = []
+    texts = complete(
+        backend,
+        [sequence(backend, n, f"prompt {n}", 4) for n in range(10)],
+        lambda events: rows.append(len(backend._rows)),
+    )
+    assert len(texts) == 10 and max(rows) <= 3
+
+
+def test_a_failed_step_fails_the_newcomer_only(
+    tiny: MLXBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The sequence being prefilled is the suspect; the others go on with the same text."""
+    survivor = sequence(tiny, 1, "a survivor", 10)
+    alone = complete(tiny, [survivor])[1]
+    events: list[StepEvent] = []
+    tiny.add(survivor)
+    while len(events) < 3:
+        events += tiny.step()
+    tiny.add(sequence(tiny, 2, "the suspect", 10))
+
+    def fail(self: Any) -> None:
+        raise RuntimeError("[malloc] Unable to allocate")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(tiny._generator), "next", fail)
+        [failed] = tiny.step()
+    assert isinstance(failed, SequenceFailed) and failed.uid == 2
+    assert "Unable to allocate" in failed.error.message
+    while not (isinstance(events[-1], TokenEvent) and events[-1].finish):
+        events += tiny.step()
+    assert "".join(e.text for e in events if isinstance(e, TokenEvent)) == alone
+
+
+def test_a_failed_step_without_a_suspect_fails_all(
+    tiny: MLXBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When only running rows can be to blame, they fail, and the next sequence works."""
+    for uid in (1, 2):
+        tiny.add(sequence(tiny, uid, "x", 50, SamplingParams(logit_bias={0: -100, 2: -100})))
+    while tiny._prefilling or not tiny._rows:
+        tiny.step()
+
+    def fail(self: Any) -> None:
+        raise ValueError("no")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(tiny._generator), "next", fail)
+        assert {event.uid for event in tiny.step()} == {1, 2}
+    assert complete(tiny, [sequence(tiny, 3, "y", 2)])
+
+
+def test_a_metal_error_breaks_the_backend(
+    tiny: MLXBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a Metal error nothing this process computes can be trusted."""
+
+    def fail(self: Any) -> None:
+        raise RuntimeError("[METAL] Command buffer execution failed: Impacting Interactivity")
+
+    monkeypatch.setattr(type(tiny._generator), "next", fail)
+    tiny.add(sequence(tiny, 1, "x"))
+    with pytest.raises(BackendBroken, match="Impacting Interactivity"):
+        tiny.step()
+
+
+def test_a_hopeless_prompt_is_refused_before_it_is_tokenized(tiny: MLXBackend) -> None:
+    """Both numbers are in the message."""
+    with pytest.raises(ContextLengthExceeded, match=r"length is \d+ tokens.*at least \d+"):
+        tiny.tokenize("x" * (tiny.context_length + 1) * tiny._longest_token)
+
+
+def test_the_context_length_is_the_models_or_less(tiny_path: Path) -> None:
+    """A configured length shortens the model's own and never lengthens it."""
+    own = MLXBackend(tiny_path, EngineSettings()).context_length
+    assert MLXBackend(tiny_path, EngineSettings(context_length=100)).context_length == 100
+    assert MLXBackend(tiny_path, EngineSettings(context_length=own * 2)).context_length == own
+
+
+def change(file: str, edit: Callable[[bytes], bytes]) -> Callable[[Path], None]:
+    return lambda folder: (folder / file).write_bytes(edit((folder / file).read_bytes())) and None
+
+
+def config(**changes: Any) -> Callable[[Path], None]:
+    return change("config.json", lambda raw: json.dumps(json.loads(raw) | changes).encode())
+
+
+@pytest.mark.parametrize(
+    ("damage", "names"),
+    [
+        (lambda f: (f / "config.json").unlink(), "config.json"),
+        (change("config.json", lambda raw: raw[:40]), "config.json"),
+        (change("config.json", lambda raw: b"[]"), "config.json"),
+        (config(model_type="no_such_model"), "no_such_model"),
+        (config(model_type="../../etc"), "tiny"),
+        (config(model_file="evil.py"), "model_file"),
+        (config(hidden_size=32), "tiny"),
+        (lambda f: (f / "model.safetensors").unlink(), "safetensors"),
+        (change("model.safetensors", lambda raw: raw[:-1]), "model.safetensors"),
+        (change("model.safetensors", lambda raw: raw[:5]), "model.safetensors"),
+        (change("model.safetensors", lambda raw: b"\xff" * 8 + raw[8:]), "model.safetensors"),
+        (change("model.safetensors", lambda raw: raw[:8] + b"!" + raw[9:]), "model.safetensors"),
+        (
+            lambda f: (f / "model.safetensors.index.json").write_text(
+                '{"weight_map": {"a": "model-00001-of-00002.safetensors"}}'
+            ),
+            "model-00001-of-00002.safetensors",
+        ),
+        (lambda f: (f / "model.safetensors.index.json").write_text("[]"), "index.json"),
+        (lambda f: (f / "tokenizer.json").unlink(), "tiny"),
+        (change("tokenizer.json", lambda raw: raw[:1000]), "tokenizer.json"),
+    ],
+)
+def test_a_damaged_folder_is_refused(
+    tiny_path: Path, damage: Callable[[Path], None], names: str
+) -> None:
+    """Whatever is missing, truncated or made up: one clear error that names it."""
+    damage(tiny_path)
+    with pytest.raises(ModelLoadFailed, match=names):
+        MLXBackend(tiny_path, EngineSettings())
+
+
+def test_code_in_a_model_folder_is_not_run(tiny_path: Path) -> None:
+    """`auto_map`, which many sound models carry, is ignored and runs nothing."""
+    canary = tiny_path / "canary"
+    (tiny_path / "evil.py").write_text(f"open({str(canary)!r}, 'w')\n")
+    config(auto_map={"AutoConfig": "evil.Config", "AutoTokenizer": ["evil.T", None]})(tiny_path)
+    backend = MLXBackend(tiny_path, EngineSettings())
+    complete(backend, [sequence(backend, 1, "x", 2)])
+    assert not canary.exists()
+
+
+def test_close_gives_the_memory_back(tiny_path: Path) -> None:
+    """After close MLX holds no more than before the load."""
+    before = mx.get_active_memory()
+    backend = MLXBackend(tiny_path, EngineSettings())
+    complete(backend, [sequence(backend, 1, "x", 2)])
+    assert backend.memory() > before
+    backend.close()
+    del backend
+    assert mx.get_active_memory() <= before + 1024
