@@ -98,6 +98,7 @@ def _serve(config: Config) -> int:
         level=config.log_level.upper(),
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",
     )
+    logging.getLogger("uvicorn").setLevel(logging.WARNING)
     try:
         listener = _listen(config.host, config.port)
     except OSError as error:

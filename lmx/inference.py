@@ -370,7 +370,8 @@ def runner_environment(
     On Linux, MLX's CPU build brings the reference BLAS, some 30 times slower than OpenBLAS, which
     takes its place when it is loaded first. macOS has Accelerate and Metal.
     """
-    environment = dict(os.environ)
+    # A runner loads what is on disk: no library may fetch anything in its place.
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     if sys.platform == "linux" and "LD_PRELOAD" not in environment:
         if library := find_library("openblas"):
             environment["LD_PRELOAD"] = library

@@ -193,7 +193,7 @@ def test_fuzz_small(tmp_path: Path, flips: list[tuple[float, int]], data: st.Dat
 
 
 @given(place=st.integers(0, 1785663), change=st.integers(1, 255))
-@settings(fuzz, max_examples=40)
+@settings(fuzz, max_examples=25)
 def test_fuzz_real(tmp_path_factory: pytest.TempPathFactory, place: int, change: int) -> None:
     """So it is with a real header of 1.8 MB, its vocabulary included."""
     path = tmp_path_factory.getbasetemp() / "real.gguf"

@@ -109,8 +109,7 @@ def test_no_pre_tokenizer_is_the_default_one(tmp_path: Path) -> None:
         judge.agree(text)
 
 
-@pytest.mark.parametrize("bos", [False, True])
-@pytest.mark.parametrize("eos", [False, True])
+@pytest.mark.parametrize(("bos", "eos"), [(True, False), (True, True)])
 def test_tokens_added_to_every_text(tmp_path: Path, bos: bool, eos: bool) -> None:
     """BOS and EOS are added where the file says so, and only when asked for special tokens."""
     path = write_vocabulary(tmp_path / "x.gguf", add_bos_token=bos, add_eos_token=eos)

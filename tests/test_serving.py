@@ -19,10 +19,10 @@ from .serving import Serving, serving
 pytestmark = pytest.mark.anyio
 
 QUESTIONS = [
-    "What is the capital of France?",
-    "What is 2+2?",
-    "Who wrote Hamlet?",
-    "List three fruits.",
+    "Name the largest planet.",
+    "What is water made of?",
+    "What is Python?",
+    "Hello",
 ]
 MLX, GGUF = "smollm2-135m-instruct", "smollm2-135m-instruct@q4_1"
 
@@ -92,7 +92,7 @@ async def test_the_models_are_listed(client: AsyncOpenAI) -> None:
 async def test_sixteen_streams_at_once(client: AsyncOpenAI, model: str) -> None:
     """Each of sixteen simultaneous streams gets the answer that its question gets alone."""
     alone = {q: await answer(client, model, q) for q in QUESTIONS}
-    assert "Paris" in alone[QUESTIONS[0]]
+    assert "largest planet in our solar system" in alone[QUESTIONS[0]]
     together: list[tuple[str, str]] = []
 
     async def one(question: str) -> None:
