@@ -18,7 +18,7 @@ from .gguf_header import Header, read_header
 from .gguf_tokenizer import build_tokenizer, end_token_ids, token_id, tokenizer_config
 
 # What mx.load gives for each tensor type: packed integers with scales and biases, or floats (for
-# BF16 and Q6_K float16). It also "reads" Q4_K and Q2_K: the first wrongly, the second is unusual.
+# BF16 and Q6_K float16). MLX 0.32.4 reads Q4_K too, but wrongly, and Q2_K.
 _PACKED_BITS: Final = {"Q4_0": 4, "Q4_1": 4, "Q8_0": 8}
 _FLOATS: Final = ("F32", "F16")
 _MATRICES: Final = (*_FLOATS, *_PACKED_BITS, "BF16", "Q6_K")

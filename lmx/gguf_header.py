@@ -80,8 +80,8 @@ class Header:
 
 
 def read_header(path: Path, *, arrays: bool = True) -> Header:
-    """Read the header of `path`. Without `arrays`, array values are skipped and become None, which
-    halves the time: a vocabulary is most of a header.
+    """Read the header of `path`. Without `arrays`, array values are skipped and become None: for
+    a listing, as a vocabulary is most of a header (SmolLM2's: 40 ms instead of 65).
 
     Raises:
         ModelLoadFailed: no such file, not GGUF 2 or 3, cut short, or inconsistent.

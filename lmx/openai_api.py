@@ -62,12 +62,13 @@ async def health(request: Request[State]) -> Response:
 
 
 async def list_models(request: Request[State]) -> Response:
-    models = request.state["registry"].models()
+    models = await request.state["registry"].models()
     return WireResponse(schema.ModelList(data=[_model(model) for model in models]))
 
 
 async def retrieve_model(request: Request[State]) -> Response:
-    return WireResponse(_model(request.state["registry"].resolve(request.path_params["id"])))
+    model = await request.state["registry"].resolve(request.path_params["id"])
+    return WireResponse(_model(model))
 
 
 def _model(model: registry.Model) -> schema.Model:

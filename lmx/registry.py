@@ -99,33 +99,31 @@ class Registry:
         self._tasks = tasks
         self._turn = turn
         self._command = command
+        self._found: list[Model] = []
         self._slots: dict[str, _Slot] = {}
 
-    def models(self) -> list[Model]:
+    async def models(self) -> list[Model]:
         """All models on disk now, sorted by id."""
-        return sorted(find_models(Path(self._config.models_dir).expanduser()), key=lambda m: m.id)
+        root = Path(self._config.models_dir).expanduser()
+        found = await anyio.to_thread.run_sync(find_models, root)
+        self._found = sorted(found, key=lambda model: model.id)
+        return self._found
 
-    def resolve(self, name: str) -> Model:
+    async def resolve(self, name: str) -> Model:
         """The model called `name`: its id, `publisher/repo`, or the repo alone; any case.
 
         Raises:
             ModelNotFound: never another model's answer.
         """
-        models = self.models()
-        wanted = name.lower()
-        for names in (
-            lambda m: m.id,
-            lambda m: f"{m.publisher}/{m.repo}",
-            lambda m: f"{m.publisher}/{m.id}",
-            lambda m: m.repo,
-        ):
-            for model in models:
-                if names(model).lower() == wanted:
-                    return model
-        listed = ", ".join(model.id for model in models) or "none"
-        raise ModelNotFound(
-            f"The model '{name[:200]}' does not exist. Available models: {listed}.", param="model"
-        )
+        # The disk is looked at again only for a name that is new.
+        model = _named(name, self._found) or _named(name, await self.models())
+        if model is None:
+            listed = ", ".join(model.id for model in self._found) or "none"
+            raise ModelNotFound(
+                f"The model '{name[:200]}' does not exist. Available models: {listed}.",
+                param="model",
+            )
+        return model
 
     def status(self) -> list[dict[str, Any]]:
         """The models that were used since the start."""
@@ -150,7 +148,7 @@ class Registry:
             ModelNotFound, ModelLoadFailed, QueueFull, ServerStopping
             RunnerDied: it keeps dying, and the time to try again has not come.
         """
-        model = self.resolve(name)
+        model = await self.resolve(name)
         with self._queue.place():
             slot = self._slots.setdefault(model.id, _Slot(model))
             while (runner := slot.ready) is None:
@@ -246,6 +244,20 @@ async def open_registry(
                 with anyio.CancelScope(shield=True):
                     await registry.stop()
                 tasks.cancel_scope.cancel()
+
+
+def _named(name: str, models: list[Model]) -> Model | None:
+    wanted = name.lower()
+    for names in (
+        lambda m: m.id,
+        lambda m: f"{m.publisher}/{m.repo}",
+        lambda m: f"{m.publisher}/{m.id}",
+        lambda m: m.repo,
+    ):
+        for model in models:
+            if names(model).lower() == wanted:
+                return model
+    return None
 
 
 def find_models(root: Path) -> list[Model]:

@@ -161,16 +161,17 @@ class Runner:
             raise InvalidRequest(
                 "This model has no chat template, so it cannot chat.", param="messages"
             )
-        prompt = self._backend.tokenize(template.render(request.messages))
+        text = template.render(request.messages)
+        at_least = len(text) // self._backend.longest_token
+        if at_least > self._backend.context_length:
+            # Known without tokenizing it, which would take seconds for megabytes.
+            raise self._too_long(f"at least {at_least}")
+        prompt = self._backend.tokenize(text)
         if not prompt:
             raise InvalidRequest("The prompt is empty.", param="messages")
         room = self._backend.context_length - len(prompt)
         if room < 1:
-            raise ContextLengthExceeded(
-                f"This model's maximum context length is {self._backend.context_length} tokens, "
-                f"but the prompt has {len(prompt)} and the answer needs at least one.",
-                param="messages",
-            )
+            raise self._too_long(str(len(prompt)))
         for token in request.params.logit_bias:
             if not 0 <= token < self._backend.vocabulary_size:
                 raise InvalidRequest(
@@ -180,6 +181,13 @@ class Runner:
                 )
         max_tokens = min(request.params.max_tokens or room, room)
         return Sequence(request.id, prompt, max_tokens, request.params)
+
+    def _too_long(self, tokens: str) -> ContextLengthExceeded:
+        return ContextLengthExceeded(
+            f"This model's maximum context length is {self._backend.context_length} tokens, "
+            f"but the prompt has {tokens} and the answer needs at least one.",
+            param="messages",
+        )
 
     def run(self) -> None:
         """Main thread: step until told to stop.

@@ -105,17 +105,19 @@ class FakeRegistry(Registry):
     def __init__(self, config: Config, queue: InferenceQueue) -> None:
         self._config = config
         self._queue = queue
+        self._found = []
         self.failure: LMXError | None = None
 
-    def models(self) -> list[Model]:
-        return [MODEL, SLASHED]
+    async def models(self) -> list[Model]:
+        self._found = [MODEL, SLASHED]
+        return self._found
 
     def status(self) -> list[dict[str, Any]]:
         return [{"id": MODEL.id, "state": "ready"}]
 
     @asynccontextmanager
     async def lease(self, name: str) -> AsyncIterator[Lease]:
-        model = self.resolve(name)
+        model = await self.resolve(name)
         with self._queue.place():
             if self.failure:
                 raise self.failure

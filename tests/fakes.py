@@ -39,6 +39,7 @@ class FakeBackend:
         os.write(1, b"a library that prints to stdout\n")
         self.context_length = settings.context_length or 64
         self.vocabulary_size = 1000
+        self.longest_token = 20
         self.parallel = settings.parallel
         self.engine = "fake 1.0"
         self.chat_template: ChatTemplate | None = ChatTemplate(TEMPLATE)

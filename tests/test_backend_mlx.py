@@ -14,7 +14,7 @@ import pytest
 from lmx.backends import BackendBroken, Sequence, SequenceFailed, StepEvent, TokenEvent
 from lmx.backends.mlx import MLXBackend, _Adjustments, _Sampler
 from lmx.config import EngineSettings
-from lmx.errors import ContextLengthExceeded, ModelLoadFailed
+from lmx.errors import ModelLoadFailed
 from lmx.generation import SamplingParams
 
 from . import models
@@ -344,6 +344,25 @@ def test_more_sequences_than_rows_wait_their_turn(tiny_path: Path) -> None:
     assert len(texts) == 10 and max(rows) <= 3
 
 
+def test_a_cache_that_cannot_be_batched_runs_one_at_a_time(
+    tiny: MLXBackend, tiny_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where mlx-lm cannot merge KV caches, sequences follow one another, with the same texts."""
+    several = [
+        sequence(tiny, 0, "one", 6),
+        sequence(tiny, 1, "and two", 6, SamplingParams(seed=5, presence_penalty=0.5)),
+        sequence(tiny, 2, "x", 1),
+    ]
+    together = complete(tiny, several)
+    monkeypatch.setattr("lmx.backends.mlx._has_merge", lambda cache: False)
+    serial = MLXBackend(tiny_path, EngineSettings())
+    assert serial.parallel == 1
+    serial.add(sequence(serial, 9, "gone", 99))
+    serial.step()
+    serial.remove(9)
+    assert complete(serial, several) == together
+
+
 def test_a_failed_step_fails_the_newcomer_only(
     tiny: MLXBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -399,12 +418,6 @@ def test_a_metal_error_breaks_the_backend(
     tiny.add(sequence(tiny, 1, "x"))
     with pytest.raises(BackendBroken, match="Impacting Interactivity"):
         tiny.step()
-
-
-def test_a_hopeless_prompt_is_refused_before_it_is_tokenized(tiny: MLXBackend) -> None:
-    """Both numbers are in the message."""
-    with pytest.raises(ContextLengthExceeded, match=r"length is \d+ tokens.*at least \d+"):
-        tiny.tokenize("x" * (tiny.context_length + 1) * tiny._longest_token)
 
 
 def test_the_context_length_is_the_models_or_less(tiny_path: Path) -> None:

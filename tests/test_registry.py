@@ -111,7 +111,7 @@ async def ask(registry: Registry, lease: Lease, text: str) -> str:
 async def test_names_of_a_model(tmp_path: Path, name: str) -> None:
     """Id, publisher/repo and repo, in any case, are the same model."""
     async with registry(put(tmp_path, *mlx("pub/M-4bit"), *mlx("pub/other"))) as models:
-        assert models.resolve(name).id == "m"
+        assert (await models.resolve(name)).id == "m"
 
 
 @pytest.mark.anyio
@@ -122,7 +122,7 @@ async def test_an_unknown_name_is_nobodys(tmp_path: Path, name: str) -> None:
     """Never another model's answer; the error lists what there is and stays short."""
     async with registry(put(tmp_path, *mlx("pub/m"))) as models:
         with pytest.raises(ModelNotFound, match=r"Available models: m\.$") as caught:
-            models.resolve(name)
+            await models.resolve(name)
         assert len(caught.value.message) < 400 and caught.value.param == "model"
 
 

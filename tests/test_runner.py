@@ -125,10 +125,11 @@ def test_an_answer_ends_where_the_request_says(
     ("request_", "code", "param"),
     [
         (generate(1, "w " * 64), "ContextLengthExceeded", "messages"),
+        (generate(1, "x" * 20 * 65), "ContextLengthExceeded", "messages"),
         (generate(1, "  "), "InvalidRequest", "messages"),
         (generate(1, "a", logit_bias={1000: 1.0}), "InvalidRequest", "logit_bias"),
     ],
-    ids=["too long", "empty", "logit_bias outside the vocabulary"],
+    ids=["too long", "hopelessly long", "empty", "logit_bias outside the vocabulary"],
 )
 def test_a_bad_prompt_is_refused(tmp_path: Path, request_: Generate, code: str, param: str) -> None:
     """A refusal is the only event of its request, and the runner goes on."""

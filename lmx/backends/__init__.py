@@ -56,17 +56,15 @@ class Backend(Protocol):
     context_length: int
     """Tokens of prompt and answer together."""
     vocabulary_size: int
+    longest_token: int
+    """The most characters that one token can stand for."""
     parallel: int
     """Sequences decoded together; more may be added, they wait in order."""
     engine: str
     chat_template: ChatTemplate | None
 
     def tokenize(self, text: str) -> list[int]:
-        """Token ids of a rendered prompt; control tokens in the text count as such. Any thread.
-
-        Raises:
-            ContextLengthExceeded: the text is so long that it cannot fit, before tokenizing it all.
-        """
+        """Token ids of a rendered prompt; control tokens in the text count as such. Any thread."""
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence; it starts in a later `step`."""

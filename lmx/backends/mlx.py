@@ -11,13 +11,16 @@ import json
 import struct
 import sys
 from collections import Counter, deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Final
 
 import mlx.core as mx
 import mlx_lm
-from mlx_lm.generate import BatchGenerator
+from mlx_lm.generate import BatchGenerator, generate_step
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import load_model, load_tokenizer
 from tokenizers import Tokenizer
@@ -25,7 +28,7 @@ from tokenizers.decoders import DecodeStream
 
 from ..chat_template import ChatTemplate
 from ..config import EngineSettings
-from ..errors import ContextLengthExceeded, GenerationFailed, ModelLoadFailed
+from ..errors import GenerationFailed, ModelLoadFailed
 from ..generation import SamplingParams
 from . import BackendBroken, Sequence, SequenceFailed, StepEvent, TokenEvent
 
@@ -77,7 +80,7 @@ class MLXBackend:
         if not isinstance(backend_tokenizer, Tokenizer):
             raise ModelLoadFailed(f"{path / 'tokenizer.json'}: missing, and no other kind is known")
         self._tokenizer = backend_tokenizer
-        self._longest_token = max(map(len, self._tokenizer.get_vocab()), default=1)
+        self.longest_token = max(map(len, self._tokenizer.get_vocab()), default=1)
         self.chat_template = (
             ChatTemplate(
                 tokenizer.chat_template,
@@ -90,11 +93,8 @@ class MLXBackend:
         self.vocabulary_size = self._tokenizer.get_vocab_size()
         own = _context_length(config)
         self.context_length = min(own, settings.context_length or own)
-        # BatchGenerator merges caches even for one sequence, so without `merge` nothing runs on it.
-        batchable = all(map(_has_merge, make_prompt_cache(self._model)))
-        if not batchable:
-            raise ModelLoadFailed(f"{path}: this architecture's KV cache cannot be batched")
-        self.parallel = settings.parallel
+        self._batchable = all(map(_has_merge, make_prompt_cache(self._model)))
+        self.parallel = settings.parallel if self._batchable else 1
         self.engine = f"mlx-lm {mlx_lm.__version__}"
         self._stop_tokens = [[token] for token in sorted(tokenizer.eos_token_ids)]
         self._slice_seconds = settings.prefill_slice_seconds
@@ -106,7 +106,9 @@ class MLXBackend:
         self._prefilling: set[int] = set()
         self._generator = self._new_generator()
 
-    def _new_generator(self) -> BatchGenerator:
+    def _new_generator(self) -> BatchGenerator | _OneAtATime:
+        if not self._batchable:
+            return _OneAtATime(self._model, self._stop_tokens)
         return BatchGenerator(
             self._model,
             stop_tokens=self._stop_tokens,
@@ -116,13 +118,6 @@ class MLXBackend:
         )
 
     def tokenize(self, text: str) -> list[int]:
-        at_least = len(text) // self._longest_token
-        if at_least > self.context_length:
-            raise ContextLengthExceeded(
-                f"This model's maximum context length is {self.context_length} tokens, "
-                f"but the prompt has at least {at_least}.",
-                param="messages",
-            )
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
         return ids
 
@@ -275,6 +270,56 @@ class MLXBackend:
         del self._generator, self._model
         gc.collect()
         mx.clear_cache()
+
+
+class _OneAtATime:
+    """What is used here of `BatchGenerator`, for a KV cache that it cannot merge: llama4's, say.
+
+    It merges even the cache of a single sequence. Here the whole prompt is prefilled in one step,
+    which holds up nobody else.
+    """
+
+    prefill_step_size = 0  # set like BatchGenerator's, and not used
+
+    def __init__(self, model: Any, stop_tokens: list[list[int]]) -> None:
+        self._model = model
+        self._stop_tokens = {token for [token] in stop_tokens}
+        self._uid = 0
+        self._left = 0
+        self._tokens: Iterator[tuple[int, mx.array]] = iter(())
+
+    def insert(
+        self, prompts: Any, max_tokens: list[int], samplers: Any, logits_processors: Any
+    ) -> list[int]:
+        self._uid += 1
+        self._left = max_tokens[0]
+        self._tokens = generate_step(
+            mx.array(prompts[0]),
+            self._model,
+            max_tokens=self._left,
+            sampler=samplers[0],
+            logits_processors=logits_processors[0],
+        )
+        return [self._uid]
+
+    def next(self) -> tuple[list[Any], list[Any]]:
+        token, _ = next(self._tokens)
+        self._left -= 1
+        finish = "stop" if token in self._stop_tokens else None if self._left else "length"
+        return (
+            [SimpleNamespace(uid=self._uid, end_of_prompt=True)],
+            [SimpleNamespace(uid=self._uid, token=token, finish_reason=finish)],
+        )
+
+    @contextmanager
+    def stats(self) -> Iterator[Any]:
+        yield SimpleNamespace(prompt_tokens=0, prompt_time=0.0)
+
+    def remove(self, uids: list[int]) -> None:
+        self._tokens = iter(())  # and with it the KV cache
+
+    def close(self) -> None:
+        self.remove([])
 
 
 class _Sampler:
