@@ -95,6 +95,7 @@ class Registry:
         command: tuple[str, ...],
     ) -> None:
         self._config = config
+        self._root = Path(config.models_dir).expanduser()
         self._queue = queue
         self._tasks = tasks
         self._turn = turn
@@ -104,8 +105,7 @@ class Registry:
 
     async def models(self) -> list[Model]:
         """All models on disk now, sorted by id."""
-        root = Path(self._config.models_dir).expanduser()
-        found = await anyio.to_thread.run_sync(find_models, root)
+        found = await anyio.to_thread.run_sync(find_models, self._root)
         self._found = sorted(found, key=lambda model: model.id)
         return self._found
 

@@ -252,6 +252,10 @@ class GGUFBackend:
     def _evict(self, row: _Row) -> None:
         llama_cpp.llama_memory_seq_rm(self._cache, row.seq_id, -1, -1)
         self._running.remove(row)
+        if not self._running:
+            # Cells are taken in turn, and their order decides how sums are rounded: from the first
+            # cell on, the same requests get the same answers again.
+            llama_cpp.llama_memory_clear(self._cache, False)
         self._free_seq_ids.append(row.seq_id)
         row.seq_id, row.cached = -1, 0
 
