@@ -368,12 +368,14 @@ def runner_environment(
     """The environment of a runner. Runs a subprocess: not for the event loop.
 
     On Linux, MLX's CPU build brings the reference BLAS, some 30 times slower than OpenBLAS, which
-    takes its place when it is loaded first. macOS has Accelerate and Metal.
+    takes its place when loaded first; and llama.cpp's OpenMP threads, waiting for one another,
+    burn the time of whoever else wants the cores. macOS has Accelerate and Metal.
     """
     # A runner loads what is on disk: no library may fetch anything in its place.
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    if sys.platform == "linux" and "LD_PRELOAD" not in environment:
-        if library := find_library("openblas"):
+    if sys.platform == "linux":
+        environment.setdefault("GOMP_SPINCOUNT", "1000")
+        if "LD_PRELOAD" not in environment and (library := find_library("openblas")):
             environment["LD_PRELOAD"] = library
             logger.info("preloading %s in the runner", library)
     return environment
