@@ -102,8 +102,9 @@ async def test_sixteen_streams_at_once(client: AsyncOpenAI, model: str) -> None:
         for question in QUESTIONS * 4:
             tasks.start_soon(one, question)
     assert len(together) == 16
-    # Near-ties, which the engines may decide either way in a batch, are the backends' tests.
-    assert sum(text == alone[question] for question, text in together) >= 14
+    for question, text in together:
+        # The beginnings have no near-ties, which the engines may decide either way in a batch.
+        assert text[:12] == alone[question][:12]
 
 
 async def test_mlx_and_gguf_agree(client: AsyncOpenAI) -> None:
