@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
 import statistics
 import sys
 import time
@@ -38,15 +39,17 @@ async def tokens(client: httpx2.AsyncClient, model: str, topic: str, limit: int)
     return count
 
 
+# The random number in every prompt keeps a prefix cache from having seen it.
 async def rate(url: str, model: str, streams: int, limit: int) -> float:
     """Tokens per second of `streams` requests started together, prefill included."""
     total = 0
 
     async def one(topic: str) -> None:
         nonlocal total
-        total += await tokens(client, model, topic, limit)
+        count = await tokens(client, model, topic, limit)
+        total += count
 
-    topics = TOPICS.split()
+    topics = [f"{word} ({random.random():.4f})" for word in TOPICS.split()]
     async with httpx2.AsyncClient(base_url=url, timeout=600) as client:
         started = time.perf_counter()
         async with anyio.create_task_group() as tasks:
