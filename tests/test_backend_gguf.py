@@ -10,7 +10,7 @@ from typing import Any
 import llama_cpp
 import pytest
 
-from lmx.backends import BackendBroken, Sequence, SequenceFailed, TokenEvent, gguf
+from lmx.backends import BackendBroken, PrefillRate, Sequence, SequenceFailed, TokenEvent, gguf
 from lmx.backends.gguf import GGUFBackend
 from lmx.config import EngineSettings
 from lmx.errors import ModelLoadFailed
@@ -290,11 +290,11 @@ def test_more_sequences_than_fit_wait_in_order(backend: GGUFBackend) -> None:
 @pytest.mark.parametrize("stage", ["waiting", "prefilling", "decoding"])
 def test_remove(backend: GGUFBackend, monkeypatch: pytest.MonkeyPatch, stage: str) -> None:
     """A removed sequence gives its cells back at once, and no event follows."""
-    monkeypatch.setattr(backend, "_prefill_rate", 1.0)
+    monkeypatch.setattr(PrefillRate, "slice_tokens", lambda self, *, decoding: 32)
     backend.add(Sequence(1, backend.tokenize("word " * 80), 100, GREEDY))
     if stage != "waiting":
         backend.step()
-        assert backend._cells - backend._free_cells() == gguf.MIN_SLICE_TOKENS
+        assert backend._cells - backend._free_cells() == 32
     while stage == "decoding" and backend._running[0].pending > 1:
         backend.step()
     backend.remove(1)
@@ -306,12 +306,12 @@ def test_long_prompt_does_not_hold_up_decoding(
     backend: GGUFBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """While a prompt is prefilled in slices, every step still decodes."""
+    monkeypatch.setattr(PrefillRate, "slice_tokens", lambda self, *, decoding: 32)
     backend.add(Sequence(1, backend.tokenize("The sea is"), 100, GREEDY))
     backend.step()
     backend.add(Sequence(2, backend.tokenize("word " * 200), 100, GREEDY))
     seen = []
     while 2 not in seen:
-        monkeypatch.setattr(backend, "_prefill_rate", 1.0)
         seen = [event.uid for event in backend.step()]
         assert 1 in seen
     backend.remove(1)

@@ -11,11 +11,11 @@ from typing import Any, cast
 import mlx.core as mx
 import pytest
 
-from lmx.backends import BackendBroken, Sequence, SequenceFailed, StepEvent, TokenEvent
-from lmx.backends.mlx import MLXBackend, _Adjustments, _Sampler
+from lmx.backends import BackendBroken, PrefillRate, Sequence, SequenceFailed, StepEvent, TokenEvent
+from lmx.backends.mlx import MLXBackend, _Adjustments, _Sampler, _template
 from lmx.config import EngineSettings
 from lmx.errors import ModelLoadFailed
-from lmx.generation import SamplingParams
+from lmx.generation import ChatMessage, SamplingParams
 
 from . import models
 
@@ -288,11 +288,18 @@ def test_split_characters_are_held_back(tiny: MLXBackend) -> None:
     tiny._generator.remove([inner])
 
 
+def narrow_slices(path: Path, monkeypatch: pytest.MonkeyPatch) -> MLXBackend:
+    """A backend that takes 32 tokens of a prompt at a time, as if it were very slow."""
+    monkeypatch.setattr(PrefillRate, "slice_tokens", lambda self, *, decoding: 32)
+    return MLXBackend(path, EngineSettings())
+
+
 @pytest.mark.parametrize("steps", [0, 1, 2, 5], ids=["waiting", "prefilling", "first", "decoding"])
-def test_a_sequence_can_be_removed_at_any_time(tiny_path: Path, steps: int) -> None:
+def test_a_sequence_can_be_removed_at_any_time(
+    tiny_path: Path, steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Whatever stage it is in, its row is free and its neighbour's text is what it is alone."""
-    backend = MLXBackend(tiny_path, EngineSettings(prefill_slice_seconds=1e-6))
-    backend._slice_tokens = 32
+    backend = narrow_slices(tiny_path, monkeypatch)
     neighbour = sequence(backend, 1, "a neighbour that stays", 12)
     alone = complete(backend, [neighbour])
     backend.add(neighbour)
@@ -316,14 +323,15 @@ def test_a_sequence_can_be_removed_at_any_time(tiny_path: Path, steps: int) -> N
     assert not backend._rows and not backend._waiting
 
 
-def test_a_long_prompt_is_prefilled_in_slices(tiny_path: Path) -> None:
+def test_a_long_prompt_is_prefilled_in_slices(
+    tiny_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """While one prompt is prefilled, the running stream gets a token in every step."""
-    backend = MLXBackend(tiny_path, EngineSettings(prefill_slice_seconds=1e-6))
+    backend = narrow_slices(tiny_path, monkeypatch)
     running = sequence(backend, 1, "go", 400, SamplingParams(logit_bias={0: -100, 2: -100}))
     backend.add(running)
     while not backend.step():
         pass
-    backend._slice_tokens = 32
     backend.add(sequence(backend, 2, "word " * 600, 1))
     steps = 0
     while 2 not in (uids := [event.uid for event in backend.step()]):
@@ -492,3 +500,40 @@ def test_close_gives_the_memory_back(tiny_path: Path) -> None:
     backend.close()
     del backend
     assert mx.get_active_memory() <= before + 1024
+
+
+def test_a_prefill_rate_sizes_the_next_slice() -> None:
+    """Slices follow the measured rate within their bounds, and are longer while nobody waits."""
+    rate = PrefillRate(0.25)
+    assert rate.slice_tokens(decoding=True) == 256
+    for _ in range(20):
+        rate.measured(400, 1.0)
+    assert rate.slice_tokens(decoding=True) == pytest.approx(100, abs=1)
+    assert rate.slice_tokens(decoding=False) == pytest.approx(400, abs=2)
+    rate.measured(8, 10.0)
+    assert rate.slice_tokens(decoding=True) == pytest.approx(100, abs=1)
+    for _ in range(20):
+        rate.measured(1000, 0.001)
+    assert rate.slice_tokens(decoding=True) == 2048
+    for _ in range(60):
+        rate.measured(32, 100.0)
+    assert rate.slice_tokens(decoding=True) == 32
+
+
+def test_mlx_lm_renders_where_a_model_has_no_template() -> None:
+    """A template by name, several of them, none, or mlx-lm's own code."""
+    said = SimpleNamespace(
+        chat_template=None,
+        has_chat_template=True,
+        bos_token=None,
+        eos_token=None,
+        apply_chat_template=lambda messages, tokenize, add_generation_prompt: str(messages),
+    )
+    message = ChatMessage("user", "x")
+    rendered = _template(said)
+    assert rendered and rendered.render([message]) == "[{'role': 'user', 'content': 'x'}]"
+    said.chat_template = {"tool_use": "no", "default": "yes"}
+    rendered = _template(said)
+    assert rendered and rendered.render([message]) == "yes"
+    said.chat_template, said.has_chat_template = None, False
+    assert _template(said) is None

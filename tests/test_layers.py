@@ -17,7 +17,7 @@ LAYERS = """
     config
     generation
     messages
-    gguf_header
+    gguf_header mlx_folder
     chat_template
     backends
     gguf_tokenizer

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Final, Literal, Protocol
 
-from ..chat_template import ChatTemplate
 from ..config import EngineSettings
 from ..errors import LMXError
-from ..generation import SamplingParams
+from ..generation import ChatMessage, SamplingParams
+
+FIRST_SLICE_TOKENS: Final = 256
+SLICE_TOKENS: Final = (32, 2048)
+"""Bounds of one slice of prefill; beyond the upper one neither engine computes faster."""
+IDLE_SLICE_SECONDS: Final = 1.0
+"""A slice while nothing decodes: what a new request or a cancellation waits for at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +55,34 @@ class BackendBroken(Exception):
     """The engine cannot be trusted any more (a Metal error): the process must be replaced."""
 
 
+class PrefillRate:
+    """Sizes the slices of prefill by time, from the rate of those before."""
+
+    def __init__(self, slice_seconds: float) -> None:
+        self._seconds = slice_seconds
+        self._rate = FIRST_SLICE_TOKENS / slice_seconds
+
+    def slice_tokens(self, *, decoding: bool) -> int:
+        """Tokens that running streams should wait for; more while there are none."""
+        seconds = self._seconds if decoding else max(self._seconds, IDLE_SLICE_SECONDS)
+        low, high = SLICE_TOKENS
+        return max(low, min(high, int(self._rate * seconds)))
+
+    def measured(self, tokens: int, seconds: float) -> None:
+        """What a slice has really taken; a very short one measures overhead and is ignored."""
+        if tokens >= SLICE_TOKENS[0] and seconds > 0:
+            self._rate = (self._rate + tokens / seconds) / 2
+
+
+class Template(Protocol):
+    def render(self, messages: list[ChatMessage]) -> str:
+        """The prompt up to where the assistant's answer begins. Any thread.
+
+        Raises:
+            InvalidRequest: these messages cannot be rendered.
+        """
+
+
 class Backend(Protocol):
     """A loaded model. One thread makes it and calls everything except what is marked otherwise."""
 
@@ -61,7 +94,9 @@ class Backend(Protocol):
     parallel: int
     """Sequences decoded together; more may be added, they wait in order."""
     engine: str
-    chat_template: ChatTemplate | None
+
+    @property
+    def chat_template(self) -> Template | None: ...
 
     def tokenize(self, text: str) -> list[int]:
         """Token ids of a rendered prompt; control tokens in the text count as such. Any thread."""

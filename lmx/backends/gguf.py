@@ -26,7 +26,14 @@ from ..config import EngineSettings
 from ..errors import GenerationFailed, ModelLoadFailed
 from ..generation import SamplingParams
 from ..gguf_header import read_header
-from . import BackendBroken, Sequence, SequenceFailed, StepEvent, TokenEvent
+from . import (
+    BackendBroken,
+    PrefillRate,
+    Sequence,
+    SequenceFailed,
+    StepEvent,
+    TokenEvent,
+)
 
 MAX_DEFAULT_CONTEXT: Final = 32768
 """llama.cpp reserves the KV cache of the whole context at load."""
@@ -34,11 +41,6 @@ MAX_DEFAULT_CONTEXT: Final = 32768
 GROWTH_CELLS: Final = 64
 """Cells beyond its tokens that a sequence must find free to start: with fewer it would soon be
 preempted again, and every preemption costs a prefill."""
-
-FIRST_SLICE_TOKENS: Final = 256
-MIN_SLICE_TOKENS: Final = 32
-IDLE_SLICE_SECONDS: Final = 1.0
-"""One slice of prefill while nothing decodes: what a new request or a cancellation waits for."""
 
 DEFAULT_SEED: Final = 0xFFFFFFFF
 """llama.cpp's LLAMA_DEFAULT_SEED: draw one."""
@@ -128,8 +130,7 @@ class GGUFBackend:
         self._running: list[_Row] = []
         self._waiting: deque[_Row] = deque()
         self._free_seq_ids = list(range(settings.parallel))
-        self._slice_seconds = settings.prefill_slice_seconds
-        self._prefill_rate = FIRST_SLICE_TOKENS / self._slice_seconds
+        self._rate = PrefillRate(settings.prefill_slice_seconds)
 
     def _make_context(self, settings: EngineSettings) -> None:
         if llama_cpp.llama_model_has_encoder(self._model) or llama_cpp.llama_model_is_diffusion(
@@ -291,9 +292,8 @@ class GGUFBackend:
         return False
 
     def _prefill_slice(self, events: list[StepEvent], decoding: bool) -> None:
-        seconds = self._slice_seconds if decoding else max(IDLE_SLICE_SECONDS, self._slice_seconds)
-        tokens = max(int(self._prefill_rate * seconds), MIN_SLICE_TOKENS)
-        room = min(tokens, self._batch_tokens, self._free_cells())
+        slice_tokens = self._rate.slice_tokens(decoding=decoding)
+        room = min(slice_tokens, self._batch_tokens, self._free_cells())
         batch: list[tuple[_Row, int]] = []
         for row in self._running:
             # With one token pending and none cached it is a prompt of one token: it decodes.
@@ -318,10 +318,7 @@ class GGUFBackend:
                 self._fail(row, events)
                 return
         llama_cpp.llama_synchronize(self._context)
-        count = sum(count for _, count in batch)
-        if count >= MIN_SLICE_TOKENS:
-            rate = count / (time.perf_counter() - start)
-            self._prefill_rate = (self._prefill_rate + rate) / 2
+        self._rate.measured(sum(count for _, count in batch), time.perf_counter() - start)
         self._sample(batch, events)
 
     def _decode(self, batch: list[tuple[_Row, int]]) -> int:

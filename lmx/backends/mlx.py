@@ -7,8 +7,6 @@ belong to a thread. What is known to bite in mlx-lm 0.32 is handled where a comm
 from __future__ import annotations
 
 import gc
-import json
-import struct
 import sys
 from collections import Counter, deque
 from collections.abc import Iterator
@@ -29,15 +27,21 @@ from tokenizers.decoders import DecodeStream
 from ..chat_template import ChatTemplate
 from ..config import EngineSettings
 from ..errors import GenerationFailed, ModelLoadFailed
-from ..generation import SamplingParams
-from . import BackendBroken, Sequence, SequenceFailed, StepEvent, TokenEvent
+from ..generation import ChatMessage, SamplingParams
+from ..mlx_folder import check_folder
+from . import (
+    SLICE_TOKENS,
+    BackendBroken,
+    PrefillRate,
+    Sequence,
+    SequenceFailed,
+    StepEvent,
+    Template,
+    TokenEvent,
+)
 
 FALLBACK_CONTEXT_LENGTH: Final = 8192
 """For a config.json that names no length."""
-
-FIRST_SLICE_TOKENS: Final = 256
-SLICE_TOKENS: Final = (32, 2048)
-"""Bounds of one slice of prefill; the upper one is mlx-lm's default."""
 
 PREFILL_ROWS: Final = 8
 """Short prompts prefilled together."""
@@ -51,7 +55,7 @@ if not hasattr(_mlx_lm_generate, "maybe_set_recommended_wired_limit"):
 _mlx_lm_generate.maybe_set_recommended_wired_limit = lambda: None  # type: ignore[attr-defined]
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Row:
     """A sequence with what it needs to be put back after the batch was lost."""
 
@@ -67,7 +71,7 @@ class MLXBackend:
         mx.set_cache_limit(settings.mlx_cache_bytes)
         if settings.wired_bytes:
             mx.set_wired_limit(settings.wired_bytes)
-        _check_files(path)
+        check_folder(path)
         try:
             self._model, config = load_model(path)
             tokenizer = load_tokenizer(
@@ -81,15 +85,7 @@ class MLXBackend:
             raise ModelLoadFailed(f"{path / 'tokenizer.json'}: missing, and no other kind is known")
         self._tokenizer = backend_tokenizer
         self.longest_token = max(map(len, self._tokenizer.get_vocab()), default=1)
-        self.chat_template = (
-            ChatTemplate(
-                tokenizer.chat_template,
-                bos_token=tokenizer.bos_token or "",
-                eos_token=tokenizer.eos_token or "",
-            )
-            if isinstance(tokenizer.chat_template, str)
-            else None
-        )
+        self.chat_template = _template(tokenizer)
         self.vocabulary_size = self._tokenizer.get_vocab_size()
         own = _context_length(config)
         self.context_length = min(own, settings.context_length or own)
@@ -97,8 +93,7 @@ class MLXBackend:
         self.parallel = settings.parallel if self._batchable else 1
         self.engine = f"mlx-lm {mlx_lm.__version__}"
         self._stop_tokens = [[token] for token in sorted(tokenizer.eos_token_ids)]
-        self._slice_seconds = settings.prefill_slice_seconds
-        self._slice_tokens = FIRST_SLICE_TOKENS
+        self._rate = PrefillRate(settings.prefill_slice_seconds)
         self._samplers: dict[tuple[float, int, float, float], _Sampler] = {}
         self._waiting: deque[_Row] = deque()
         self._rows: dict[int, _Row] = {}
@@ -114,7 +109,8 @@ class MLXBackend:
             stop_tokens=self._stop_tokens,
             completion_batch_size=self.parallel,
             prefill_batch_size=min(PREFILL_ROWS, self.parallel),
-            prefill_step_size=self._slice_tokens,
+            # The bound of one evaluation; `step` sets how much of a prompt is taken at a time.
+            prefill_step_size=SLICE_TOKENS[1],
         )
 
     def tokenize(self, text: str) -> list[int]:
@@ -167,7 +163,7 @@ class MLXBackend:
             if self._prefilling:
                 with self._generator.stats() as stats:
                     prefilled, generated = self._generator.next()
-                self._size_slice(stats.prompt_tokens, stats.prompt_time)
+                self._rate.measured(stats.prompt_tokens, stats.prompt_time)
             else:
                 prefilled, generated = self._generator.next()
         except Exception as error:
@@ -184,18 +180,17 @@ class MLXBackend:
 
         Each slice runs between two decode steps, so all running streams wait for it.
         """
-        if self._prefilling or not self._waiting:
+        slice_tokens = self._rate.slice_tokens(decoding=len(self._rows) > len(self._prefilling))
+        self._generator.prefill_step_size = slice_tokens
+        if self._prefilling:
             return
         longest = 0
         while self._waiting and len(self._rows) < self.parallel:
             longest = max(longest, len(self._waiting[0].sequence.prompt))
             together = len(self._prefilling) + 1
-            if together > 1 and (
-                together > PREFILL_ROWS or together * longest > self._slice_tokens
-            ):
+            if together > 1 and (together > PREFILL_ROWS or together * longest > slice_tokens):
                 break
             self._insert(self._waiting.popleft())
-        self._generator.prefill_step_size = self._slice_tokens
 
     def _insert(self, row: _Row) -> None:
         sequence = row.sequence
@@ -213,16 +208,6 @@ class MLXBackend:
         )
         self._rows[inner] = row
         self._prefilling.add(inner)
-
-    def _size_slice(self, tokens: int, seconds: float) -> None:
-        """Size the next slice of prefill so that it takes about `prefill_slice_seconds`."""
-        if tokens < SLICE_TOKENS[0] or seconds <= 0:
-            return
-        low, high = SLICE_TOKENS
-        wanted = int(tokens / seconds * self._slice_seconds)
-        # At most doubled, since a short slice measures overhead more than speed.
-        self._slice_tokens = max(low, min(high, wanted, 2 * self._slice_tokens) // 32 * 32)
-        self._generator.prefill_step_size = self._slice_tokens
 
     def _token_event(self, response: Any) -> StepEvent:
         row = self._rows[response.uid]
@@ -431,6 +416,30 @@ class _Adjustments:
         )
 
 
+class _PythonTemplate:
+    """mlx-lm's own code, where a model comes without a template (DeepSeek V3.2)."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+
+    def render(self, messages: list[ChatMessage]) -> str:
+        dicts = [{"role": m.role, "content": m.content} for m in messages]
+        text: str = self._tokenizer.apply_chat_template(
+            dicts, tokenize=False, add_generation_prompt=True
+        )
+        return text
+
+
+def _template(tokenizer: Any) -> Template | None:
+    source = tokenizer.chat_template
+    if isinstance(source, dict):  # several, by name
+        source = source.get("default")
+    if source is not None:
+        bos, eos = tokenizer.bos_token or "", tokenizer.eos_token or ""
+        return ChatTemplate(source, bos_token=bos, eos_token=eos)
+    return _PythonTemplate(tokenizer) if tokenizer.has_chat_template else None
+
+
 def _has_merge(cache: Any) -> bool:
     return hasattr(cache, "merge") and all(map(_has_merge, getattr(cache, "caches", ())))
 
@@ -442,56 +451,3 @@ def _context_length(config: dict[str, Any]) -> int:
             if isinstance(source.get(name), int):
                 return int(source[name])
     return FALLBACK_CONTEXT_LENGTH
-
-
-def _check_files(path: Path) -> None:
-    """Refuse what must not or cannot be loaded, naming the file, before any of it is mapped."""
-    try:
-        config = json.loads((path / "config.json").read_bytes())
-    except (OSError, ValueError) as error:
-        raise ModelLoadFailed(f"{path / 'config.json'}: {error}") from error
-    if not isinstance(config, dict):
-        raise ModelLoadFailed(f"{path / 'config.json'}: not a JSON object")
-    # `auto_map` names code too, but many sound models carry it (DeepSeek, Kimi, MiniMax) and
-    # nothing here follows it: mlx-lm has its own model classes.
-    if "model_file" in config:
-        raise ModelLoadFailed(
-            f"{path / 'config.json'}: model_file wants code from the model folder to be run, "
-            "which LMX never does"
-        )
-    weights = set(path.glob("model*.safetensors"))  # the pattern mlx-lm loads
-    index = path / "model.safetensors.index.json"
-    if index.exists():
-        try:
-            shards = set(json.loads(index.read_bytes())["weight_map"].values())
-        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-            raise ModelLoadFailed(f"{index}: {type(error).__name__}: {error}") from error
-        missing = sorted(name for name in shards if path / name not in weights)
-        if missing:
-            raise ModelLoadFailed(f"{path / missing[0]}: missing, but named in {index.name}")
-    if not weights:
-        raise ModelLoadFailed(f"{path}: no model*.safetensors file")
-    for file in sorted(weights):
-        _check_safetensors(file)
-
-
-def _check_safetensors(file: Path) -> None:
-    """The header's length and offsets against the file's size.
-
-    Format: https://huggingface.co/docs/safetensors (8-byte little-endian length, JSON, data).
-    """
-    try:
-        size = file.stat().st_size
-        with file.open("rb") as stream:
-            (length,) = struct.unpack("<Q", stream.read(8))
-            if length > size - 8:
-                raise ValueError("the header is longer than the file")
-            header = json.loads(stream.read(length))
-        end = max(
-            (t["data_offsets"][1] for name, t in header.items() if name != "__metadata__"),
-            default=0,
-        )
-        if 8 + length + end != size:
-            raise ValueError(f"{size} bytes, but its header describes {8 + length + end}")
-    except (OSError, ValueError, struct.error, KeyError, TypeError, AttributeError) as error:
-        raise ModelLoadFailed(f"{file}: {error}") from error
