@@ -11,6 +11,7 @@ import sys
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from itertools import chain
 from typing import Final
 
 import anyio
@@ -271,14 +272,14 @@ class Runner:
     async def _read_events(
         self, stdout: ByteReceiveStream, task_status: TaskStatus[None]
     ) -> LMXError | None:
-        """Until the output ends, or the model does not load: then the error."""
+        """Until the output ends by itself; or an error because of which the process must end."""
         frames = FrameReader()
         seconds = self._config.load_timeout_seconds
-        with anyio.CancelScope(deadline=anyio.current_time() + seconds) as loading:
-            async for data in stdout:
-                self._last_step = anyio.current_time()
-                for body in frames.feed(data):
-                    for event in decode_events(body):
+        try:
+            with anyio.CancelScope(deadline=anyio.current_time() + seconds) as loading:
+                async for data in stdout:
+                    self._last_step = anyio.current_time()
+                    for event in chain(*map(decode_events, frames.feed(data))):
                         match event:
                             case Loaded():
                                 self.loaded = event
@@ -288,7 +289,10 @@ class Runner:
                                 return error.exception()
                             case _:
                                 self._receive(event)
-            return None
+                return None
+        except ValueError as error:  # msgspec's errors are
+            self._fail_all(f"The model's process does not speak as a runner: {error}")
+            return RunnerDied(f"{self._load.path}: {self.exit}")
         return ModelLoadFailed(f"{self._load.path}: not loaded after {seconds:.0f} s")
 
     def _receive(self, event: AnyEvent) -> None:
@@ -320,6 +324,8 @@ class Runner:
                 text = line.decode(errors="replace")
                 self._stderr.append(text)
                 logger.info("%s: %s", self._load.path, text)
+        if rest:
+            self._stderr.append(rest.decode(errors="replace"))
         done.set()
 
     async def _watch(self, process: Process) -> None:

@@ -183,6 +183,21 @@ async def test_a_model_that_does_not_load(tmp_path: Path, name: str, message: st
             await tasks.start(make(tmp_path, name).run)
 
 
+@pytest.mark.parametrize(
+    "said",
+    ["'nonsense'", "'\\xff\\xff\\xff\\xff'", "'\\0\\0\\0\\1x'"],
+    ids=["long", "huge", "no list"],
+)
+async def test_a_process_that_is_no_runner_is_ended(tmp_path: Path, said: str) -> None:
+    """What it says is not understood, and that is an error of this model only."""
+    code = f"import sys, threading; sys.stdout.write({said}); sys.stdout.flush(); sys.stdin.read()"
+    load = Load(str(tmp_path), "mlx", EngineSettings(), str(tmp_path / "turn"))
+    runner = Runner(load, Config(load_timeout_seconds=5), command=(sys.executable, "-c", code))
+    async with anyio.create_task_group() as tasks:
+        with pytest.raises(LMXError, match=r"does not speak as a runner"):
+            await tasks.start(runner.run)
+
+
 async def test_a_load_that_takes_too_long_is_ended(tmp_path: Path) -> None:
     """The load timeout ends the process and says so."""
     runner = make(tmp_path, "hangs", Config(load_timeout_seconds=0.2))
