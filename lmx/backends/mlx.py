@@ -6,7 +6,10 @@ belong to a thread. What is known to bite in mlx-lm 0.32 is handled where a comm
 
 from __future__ import annotations
 
+import codecs
 import gc
+import json
+import re
 import sys
 from collections import Counter, deque
 from collections.abc import Iterator
@@ -22,7 +25,6 @@ from mlx_lm.generate import BatchGenerator, generate_step
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import load_model, load_tokenizer
 from tokenizers import Tokenizer
-from tokenizers.decoders import DecodeStream
 
 from ..chat_template import ChatTemplate
 from ..config import EngineSettings
@@ -60,9 +62,10 @@ class _Row:
     """A sequence with what it needs to be put back after the batch was lost."""
 
     sequence: Sequence
-    text: DecodeStream
     sampler: _Sampler
-    undecoded: list[int] = field(default_factory=list)
+    text: codecs.IncrementalDecoder = field(
+        default_factory=lambda: codecs.getincrementaldecoder("utf-8")("replace")
+    )
     answer: list[int] = field(default_factory=list)
 
 
@@ -84,7 +87,8 @@ class MLXBackend:
         if not isinstance(backend_tokenizer, Tokenizer):
             raise ModelLoadFailed(f"{path / 'tokenizer.json'}: missing, and no other kind is known")
         self._tokenizer = backend_tokenizer
-        self.longest_token = max(map(len, self._tokenizer.get_vocab()), default=1)
+        self._token_bytes = token_bytes(self._tokenizer)
+        self.longest_token = max(map(len, self._token_bytes.values()), default=1)
         self.chat_template = _template(tokenizer)
         self.vocabulary_size = self._tokenizer.get_vocab_size()
         own = _context_length(config)
@@ -118,14 +122,7 @@ class MLXBackend:
         return ids
 
     def add(self, sequence: Sequence) -> None:
-        self._waiting.append(
-            _Row(
-                sequence,
-                # Primed with the prompt's end, the first token keeps its leading space.
-                DecodeStream(ids=sequence.prompt[-8:], skip_special_tokens=True),
-                self._sampler(sequence.params),
-            )
-        )
+        self._waiting.append(_Row(sequence, self._sampler(sequence.params)))
 
     def _sampler(self, params: SamplingParams) -> _Sampler:
         """The sampler for these parameters. Rows that share the object are sampled in one call."""
@@ -212,18 +209,13 @@ class MLXBackend:
     def _token_event(self, response: Any) -> StepEvent:
         row = self._rows[response.uid]
         finish = response.finish_reason
+        data = b""
         if finish != "stop":
             row.answer.append(response.token)
-            row.undecoded.append(response.token)
-            text = row.text.step(self._tokenizer, response.token) or ""
-            if text:
-                row.undecoded.clear()
-        else:
-            text = ""
+            data = self._token_bytes.get(response.token, b"")
         if finish is not None:
-            if row.undecoded:
-                text += self._tokenizer.decode(row.undecoded, skip_special_tokens=True)
             self._forget(response.uid)
+        text = row.text.decode(data, final=finish is not None)
         return TokenEvent(row.sequence.uid, text, finish)
 
     def _recover(self, error: Exception) -> list[StepEvent]:
@@ -438,6 +430,36 @@ def _template(tokenizer: Any) -> Template | None:
         bos, eos = tokenizer.bos_token or "", tokenizer.eos_token or ""
         return ChatTemplate(source, bos_token=bos, eos_token=eos)
     return _PythonTemplate(tokenizer) if tokenizer.has_chat_template else None
+
+
+def token_bytes(tokenizer: Tokenizer) -> dict[int, bytes]:
+    """What each token id stands for; nothing, for control tokens.
+
+    Text is made of bytes and not by the tokenizer's own decoders: those drop the space before a
+    first word, and their stream fails on bytes that are no UTF-8 ("Invalid prefix encountered").
+    """
+    decoder = json.loads(tokenizer.decoder.__getstate__()) if tokenizer.decoder else None
+    if "ByteLevel" in json.dumps(decoder):
+        # GPT-2's alphabet: a byte that is no printable character is written as one from 256 on.
+        # https://github.com/openai/gpt-2/blob/master/src/encoder.py
+        printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
+        others = (byte for byte in range(256) if byte not in printable)
+        alphabet = {chr(256 + n): byte for n, byte in enumerate(others)}
+        alphabet |= {chr(byte): byte for byte in printable}
+
+        def encode(token: str) -> bytes:
+            return bytes(alphabet[c] for c in token if c in alphabet)
+    else:  # SentencePiece's conventions
+
+        def encode(token: str) -> bytes:
+            if re.fullmatch("<0x[0-9A-F]{2}>", token):
+                return bytes([int(token[3:5], 16)])
+            return token.replace("\u2581", " ").encode()
+
+    result = {id: encode(token) for token, id in tokenizer.get_vocab(False).items()}
+    for id, added in tokenizer.get_added_tokens_decoder().items():
+        result[id] = b"" if added.special else added.content.encode()
+    return result
 
 
 def _has_merge(cache: Any) -> bool:
