@@ -4,6 +4,9 @@ One context holds `parallel` sequences in one pool of KV cells (`kv_unified`). C
 reserved for answers, because most clients send no limit: a sequence starts when its prompt and a
 little more fit, and when the pool runs out the youngest goes back to the queue, keeping its
 sampler and its text, to be prefilled again with what it had generated.
+
+On the CPU a sequence that has ended stays parked in its cells until they are needed: whoever takes
+freed cells has its keys out of order, which rounds its sums differently (see `_make_context`).
 """
 
 from __future__ import annotations
@@ -41,6 +44,9 @@ MAX_DEFAULT_CONTEXT: Final = 32768
 GROWTH_CELLS: Final = 64
 """Cells beyond its tokens that a sequence must find free to start: with fewer it would soon be
 preempted again, and every preemption costs a prefill."""
+
+MAX_SEQUENCE_IDS: Final = 256
+"""llama.cpp's LLAMA_MAX_SEQ."""
 
 DEFAULT_SEED: Final = 0xFFFFFFFF
 """llama.cpp's LLAMA_DEFAULT_SEED: draw one."""
@@ -129,7 +135,9 @@ class GGUFBackend:
         # Both in order of arrival, and everything running came before everything waiting.
         self._running: list[_Row] = []
         self._waiting: deque[_Row] = deque()
-        self._free_seq_ids = list(range(settings.parallel))
+        self._parked: deque[tuple[int, int]] = deque()
+        """seq_id and number of cells of sequences that have ended, oldest first."""
+        self._free_seq_ids = list(range(self._seq_ids))
         self._rate = PrefillRate(settings.prefill_slice_seconds)
 
     def _make_context(self, settings: EngineSettings) -> None:
@@ -141,7 +149,15 @@ class GGUFBackend:
         self.context_length = min(settings.context_length or MAX_DEFAULT_CONTEXT, trained)
         params = llama_cpp.llama_context_default_params()
         params.n_ctx = self.context_length
-        params.n_seq_max = params.n_outputs_max = settings.parallel
+        # Parked sequences need ids, which are for nothing only where memory is by the cell.
+        self._parks = not (
+            llama_cpp.llama_supports_gpu_offload()
+            or llama_cpp.llama_model_is_recurrent(self._model)
+            or llama_cpp.llama_model_is_hybrid(self._model)
+            or llama_cpp.llama_model_n_swa(self._model) > 0
+        )
+        ids = min(2 * settings.parallel, MAX_SEQUENCE_IDS) if self._parks else settings.parallel
+        params.n_seq_max = params.n_outputs_max = self._seq_ids = ids
         params.kv_unified = True
         params.swa_full = False
         params.n_threads = params.n_threads_batch = _threads()
@@ -150,8 +166,10 @@ class GGUFBackend:
             # the batch in two flash attention kernels only: the one for a single row, which splits
             # the cells among the threads, and the tiled one for 64 rows or more. Both demand K and
             # V of one type, float16 or float32. With bfloat16 K neither is chosen, and rows are
-            # bit-equal until a sequence gets cells that another has freed (sums then run in another
-            # order). Decoding costs nothing; prefill is 6 % slower for 330 tokens, 40 % for 3900.
+            # bit-equal until a sequence gets cells that another had before (sums then run in
+            # another order, and rounding the activations to 8 bits makes much of the least
+            # difference). Decoding costs nothing; prefill is 6 % slower for 330 tokens, 40 % for
+            # 3900.
             # On a GPU the number of rows selects the matrix kernels as well: nothing to win.
             params.type_k = _GGML_TYPE_BF16
         self._context = llama_cpp.llama_init_from_model(self._model, params)
@@ -234,35 +252,48 @@ class GGUFBackend:
     # Which sequences run.
 
     def _admit(self) -> None:
-        while self._waiting and self._free_seq_ids:
+        while self._waiting and len(self._running) < self.parallel:
             claims = sum(row.claim for row in self._running)
             if self._running and claims + self._waiting[0].claim > self._cells:
                 return
+            if not self._free_seq_ids:
+                self._drop_oldest_parked()
             row = self._waiting.popleft()
             row.seq_id = self._free_seq_ids.pop()
             self._running.append(row)
 
-    def _free_cells(self) -> int:
-        return self._cells - sum(row.cached for row in self._running)
+    def _free_cells(self, wanted: int) -> int:
+        """Free cells, after dropping as many parked sequences as it takes to have `wanted`."""
+        while True:
+            used = sum(row.cached for row in self._running) + sum(n for _, n in self._parked)
+            if self._cells - used >= wanted or not self._parked:
+                return self._cells - used
+            self._drop_oldest_parked()
 
-    def _evict(self, row: _Row) -> None:
-        llama_cpp.llama_memory_seq_rm(self._cache, row.seq_id, -1, -1)
+    def _drop_oldest_parked(self) -> None:
+        seq_id, _ = self._parked.popleft()
+        llama_cpp.llama_memory_seq_rm(self._cache, seq_id, -1, -1)
+        self._free_seq_ids.append(seq_id)
+
+    def _leave(self, row: _Row) -> None:
+        """Take a sequence out of the running ones, its cells parked."""
         self._running.remove(row)
-        if not self._running:
-            # Cells are taken in turn, and their order decides how sums are rounded: from the first
-            # cell on, the same requests get the same answers again.
-            llama_cpp.llama_memory_clear(self._cache, False)
-        self._free_seq_ids.append(row.seq_id)
+        self._parked.append((row.seq_id, row.cached))
         row.seq_id, row.cached = -1, 0
+        while self._parked and not (self._parks and self._running):
+            self._drop_oldest_parked()
+        if not self._running:
+            # From the first cell on, the same requests get the same answers again.
+            llama_cpp.llama_memory_clear(self._cache, False)
 
     def _preempt_youngest(self) -> None:
         row = self._running[-1]
-        self._evict(row)
+        self._leave(row)
         self._waiting.appendleft(row)
 
     def _release(self, row: _Row) -> None:
         if row.seq_id >= 0:
-            self._evict(row)
+            self._leave(row)
         else:
             self._waiting.remove(row)
         llama_cpp.llama_sampler_free(row.sampler)
@@ -276,15 +307,18 @@ class GGUFBackend:
     def _decode_step(self, events: list[StepEvent]) -> bool:
         """Decode a token for each prefilled sequence; whether there were any."""
         while batch := [(row, 1) for row in self._running if row.pending == 1]:
-            if len(batch) > self._free_cells():
+            if len(batch) > self._free_cells(len(batch)):
                 self._preempt_youngest()
                 continue
             code = self._decode(batch)
             if code == 0:
                 self._sample(batch, events)
                 return True
+            # The cells counted here are not all there is: sliding windows have their own.
+            if code == _NO_SLOT and self._parked:
+                self._drop_oldest_parked()
+                continue
             if code == _NO_SLOT and len(self._running) > 1:
-                # The cells counted here are not all there is: sliding windows have their own.
                 self._preempt_youngest()
                 continue
             for row, _ in batch:
@@ -293,7 +327,9 @@ class GGUFBackend:
 
     def _prefill_slice(self, events: list[StepEvent], decoding: bool) -> None:
         slice_tokens = self._rate.slice_tokens(decoding=decoding)
-        room = min(slice_tokens, self._batch_tokens, self._free_cells())
+        wanted = sum(row.pending for row in self._running if row.pending > 1)
+        room = min(slice_tokens, self._batch_tokens, wanted)
+        room = min(room, self._free_cells(room))
         batch: list[tuple[_Row, int]] = []
         for row in self._running:
             # With one token pending and none cached it is a prompt of one token: it decodes.
@@ -307,7 +343,9 @@ class GGUFBackend:
         start = time.perf_counter()
         while code := self._decode(batch):
             row, count = batch[0]
-            if len(batch) > 1:
+            if code == _NO_SLOT and self._parked:
+                self._drop_oldest_parked()
+            elif len(batch) > 1:
                 batch = batch[:1]
             elif code == _NO_SLOT and count > 1:
                 batch = [(row, count // 2)]
