@@ -6,8 +6,10 @@ Exit codes: 0 done, 1 a fatal error, 2 a bad flag or configuration.
 from __future__ import annotations
 
 import argparse
+import asyncio
 import errno
 import logging
+import signal
 import socket
 import sys
 from pathlib import Path
@@ -152,12 +154,16 @@ class Server(uvicorn.Server):
         super().__init__(config)
         self._queue = queue
         self._grace = grace
+        self._stopping: asyncio.AbstractEventLoop | None = None
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         # uvicorn's own raises the signal again when it is done: a death by signal to launchd.
         self.should_exit = True
+        if self._stopping is not None and sig == signal.SIGINT:
+            self._stopping.call_soon_threadsafe(self._queue.abort)  # no grace after a second Ctrl-C
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._stopping = asyncio.get_running_loop()
         self._queue.refuse_new()
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(self._abort_later)

@@ -67,8 +67,8 @@ class _Slot:
         self.loading: anyio.Event | None = None
         self.error: LMXError | None = None
         """Why the last load failed."""
-        self.crashes = 0
-        """Runner deaths in a row, without one answered request between them."""
+        self.failures = 0
+        """Failed loads and runner deaths in a row, without one answered request between them."""
         self.not_before = 0.0
         """Event-loop time before which it is not loaded again."""
 
@@ -154,15 +154,15 @@ class Registry:
             while (runner := slot.ready) is None:
                 await self._loaded(slot)
             yield Lease(slot.model, runner)
-            slot.crashes = 0
+            slot.failures = 0
 
     async def _loaded(self, slot: _Slot) -> None:
         """Wait for the one load that all waiting requests share, starting it if nobody has."""
         if slot.loading is None:
             wait = slot.not_before - anyio.current_time()
             if wait > 0:
-                raise RunnerDied(
-                    f"The model {slot.model.id} has just died {slot.crashes} times in a row; "
+                raise slot.error or RunnerDied(
+                    f"The model {slot.model.id} has just died {slot.failures} times in a row; "
                     f"it is not loaded again for {wait:.0f} s.",
                     retry_after=int(wait) + 1,
                 )
@@ -192,6 +192,7 @@ class Registry:
             logger.error("%s does not load: %s", slot.model.id, error)
             slot.error = error if isinstance(error, LMXError) else ModelLoadFailed(str(error))
             slot.runner = None
+            self._back_off(slot)
         finally:
             slot.loading.set()
             slot.loading = None
@@ -201,11 +202,14 @@ class Registry:
     ) -> None:
         await runner.run(task_status=task_status)
         if not self._queue.stopping:
-            slot.crashes += 1
-            # The first death costs nothing: the next request loads the model at once.
-            delay = min(MAX_BACKOFF_SECONDS, 2.0 ** (slot.crashes - 1) - 1)
-            slot.not_before = anyio.current_time() + delay
             logger.error("%s: %s", slot.model.id, runner.exit)
+            self._back_off(slot)
+
+    def _back_off(self, slot: _Slot) -> None:
+        """The first failure costs nothing: the next request loads the model at once."""
+        slot.failures += 1
+        delay = min(MAX_BACKOFF_SECONDS, 2.0 ** (slot.failures - 1) - 1)
+        slot.not_before = anyio.current_time() + delay
 
     async def _convert(self, model: Model) -> None:
         """Make the embedded model's MLX folder, which takes seconds and once."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
 import anyio
@@ -205,11 +205,29 @@ async def test_a_killed_runner_fails_its_stream_and_is_replaced(
     assert await answer(client, "tiny", "Hi", 3)
 
 
-async def test_sigterm_under_load_ends_with_0(tmp_path: Path) -> None:
+def ctrl_c_twice(server: Serving) -> int:
+    server.process.send_signal(signal.SIGINT)
+    while True:  # until it has stopped listening
+        try:
+            server.get("/health")
+        except httpx2.TransportError:
+            break
+    server.process.send_signal(signal.SIGINT)
+    return server.process.wait(60)
+
+
+@pytest.mark.parametrize(
+    ("stop", "grace"),
+    [(Serving.stop, 0.5), (ctrl_c_twice, 1000)],
+    ids=["SIGTERM", "Ctrl-C twice"],
+)
+async def test_stopping_under_load_ends_with_0(
+    tmp_path: Path, stop: Callable[[Serving], int], grace: float
+) -> None:
     """Running streams get a last event within the grace period, and the exit code is 0."""
     models.tiny_mlx(tmp_path / ".opta-lmx" / "models" / "test" / "tiny")
     config = tmp_path / "config.yaml"
-    config.write_text("shutdown_grace_seconds: 0.5\n")
+    config.write_text(f"shutdown_grace_seconds: {grace}\n")
     with serving(tmp_path, "--config", str(config)) as server:
         ended: list[str] = []
 
@@ -230,8 +248,8 @@ async def test_sigterm_under_load_ends_with_0(tmp_path: Path) -> None:
             for _ in range(4):
                 tasks.start_soon(one)
             await started.wait()
-            assert await anyio.to_thread.run_sync(server.stop) == 0
-        assert set(ended) <= {"server_stopping"} and len(ended) == 4
+            assert await anyio.to_thread.run_sync(stop, server) == 0
+        assert ended == ["server_stopping"] * 4
 
 
 async def test_the_embedded_model_is_served_without_any_setup(tmp_path: Path) -> None:
