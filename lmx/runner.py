@@ -115,20 +115,22 @@ class Runner:
         self._running: dict[int, _Running] = {}
 
     def read(self, commands: BinaryIO) -> None:
-        """Reader thread: take commands off the pipe until it ends."""
+        """Reader thread: take commands off the pipe until it ends, and with it the runner."""
         frames = FrameReader()
-        # The pipe's own read: a buffered one would wait for more than a frame.
-        while data := os.read(commands.fileno(), 65536):
-            for body in frames.feed(data):
-                match decode_command(body):
-                    case Generate() as request:
-                        self._preparing.add(request.id)
-                        self._workers.submit(self._prepare, request)
-                    case (Cancel() | Stop()) as command:
-                        self._inbox.put(command)
-                    case Load():
-                        raise ValueError("a runner loads once")
-        self.stop()
+        try:
+            # The pipe's own read: a buffered one would wait for more than a frame.
+            while data := os.read(commands.fileno(), 65536):
+                for body in frames.feed(data):
+                    match decode_command(body):
+                        case Generate() as request:
+                            self._preparing.add(request.id)
+                            self._workers.submit(self._prepare, request)
+                        case (Cancel() | Stop()) as command:
+                            self._inbox.put(command)
+                        case Load():
+                            raise ValueError("a runner loads once")
+        finally:
+            self.stop()
 
     def stop(self) -> None:
         """Any thread, or a signal handler."""
