@@ -95,8 +95,6 @@ class Generation:
             raise self._error
         await self._changed.wait()
         self._changed = anyio.Event()
-        if self._error is not None:
-            raise self._error
 
     async def __aiter__(self) -> AsyncIterator[list[Delta | Finished]]:
         finished = False

@@ -172,6 +172,24 @@ async def test_an_error_comes_after_the_events_before_it(tmp_path: Path) -> None
         await anext(batches)
 
 
+async def test_an_error_does_not_overtake_text_that_came_with_it(tmp_path: Path) -> None:
+    """A reader that waits when both arrive at once gets the text first."""
+    generation = Generation(1)
+    seen: list[object] = []
+
+    async def read() -> None:
+        with pytest.raises(GenerationFailed):
+            async for batch in generation:
+                seen.extend(batch)
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(read)
+        await anyio.wait_all_tasks_blocked()
+        generation.put(Delta(1, "a", 1))
+        generation.fail(GenerationFailed("no"))
+    assert seen == [Delta(1, "a", 1)]
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [("broken", "broken/weights: not weights"), ("dies", "signal 9.*about to die")],
