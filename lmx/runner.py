@@ -16,13 +16,12 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
 from types import TracebackType
-from typing import BinaryIO
 
 from . import backends
 from .backends import Backend, Sequence, SequenceFailed, StepEvent
@@ -36,6 +35,7 @@ from .errors import (
 )
 from .messages import (
     Accepted,
+    AnyCommand,
     AnyEvent,
     Cancel,
     Delta,
@@ -114,21 +114,18 @@ class Runner:
         """Those of them that nobody wants any more."""
         self._running: dict[int, _Running] = {}
 
-    def read(self, commands: BinaryIO) -> None:
-        """Reader thread: take commands off the pipe until it ends, and with it the runner."""
-        frames = FrameReader()
+    def read(self, commands: Iterator[AnyCommand]) -> None:
+        """Reader thread: take commands until they end, and with them the runner."""
         try:
-            # The pipe's own read: a buffered one would wait for more than a frame.
-            while data := os.read(commands.fileno(), 65536):
-                for body in frames.feed(data):
-                    match decode_command(body):
-                        case Generate() as request:
-                            self._preparing.add(request.id)
-                            self._workers.submit(self._prepare, request)
-                        case (Cancel() | Stop()) as command:
-                            self._inbox.put(command)
-                        case Load():
-                            raise ValueError("a runner loads once")
+            for command in commands:
+                match command:
+                    case Generate():
+                        self._preparing.add(command.id)
+                        self._workers.submit(self._prepare, command)
+                    case Cancel() | Stop():
+                        self._inbox.put(command)
+                    case Load():
+                        raise ValueError("a runner loads once")
         finally:
             self.stop()
 
@@ -256,9 +253,17 @@ class Runner:
         return events
 
 
+def read_commands(pipe: int) -> Iterator[AnyCommand]:
+    """The commands that come through the pipe, until its other end is closed."""
+    frames = FrameReader()
+    # The pipe's own read: a buffered one would wait for more than a frame.
+    while data := os.read(pipe, 65536):
+        yield from map(decode_command, frames.feed(data))
+
+
 def main(load: Loader = backends.load) -> int:
     # From here on fd 1 is fd 2, so that a library's print cannot get between two frames.
-    commands = os.fdopen(os.dup(0), "rb", buffering=0)
+    commands = read_commands(os.dup(0))
     events = os.fdopen(os.dup(1), "wb", buffering=0)
     os.dup2(2, 1)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
@@ -273,9 +278,11 @@ def main(load: Loader = backends.load) -> int:
             while data:
                 data = data[events.write(data) :]
 
-    command = _first_command(commands)
+    command = next(commands, None)
     if command is None:
-        return 0
+        return 0  # the server went away
+    if not isinstance(command, Load):
+        raise ValueError(f"expected Load, got {type(command).__name__}")
     try:
         backend = load(Path(command.path), command.format, command.settings)
     except LMXError as error:
@@ -295,18 +302,6 @@ def main(load: Loader = backends.load) -> int:
     runner.run()
     backend.close()
     return 0
-
-
-def _first_command(commands: BinaryIO) -> Load | None:
-    """The Load that comes first; None if the server went away. It sends no more until `Loaded`."""
-    frames = FrameReader()
-    while data := os.read(commands.fileno(), 65536):
-        for body in frames.feed(data):
-            command = decode_command(body)
-            if not isinstance(command, Load):
-                raise ValueError(f"expected Load, got {type(command).__name__}")
-            return command
-    return None
 
 
 if __name__ == "__main__":

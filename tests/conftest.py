@@ -1,9 +1,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 import pytest
 from hypothesis import settings
+from starlette.testclient import TestClient
+
+from .fake_models import Server
 
 # Before llama.cpp is imported: its idle threads would spin while other tests' runners work.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
@@ -12,6 +16,17 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 @pytest.fixture
 def anyio_backend() -> str:
     return "asyncio"
+
+
+@pytest.fixture
+def server() -> Server:
+    return Server()
+
+
+@pytest.fixture
+def client(server: Server) -> Iterator[TestClient]:
+    with TestClient(server.app) as client:
+        yield client
 
 
 # A slow machine is no failure.

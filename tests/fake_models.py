@@ -37,6 +37,9 @@ SLASHED = Model(
     created=1_700_000_001,
 )
 
+GOOD: dict[str, Any] = {"model": MODEL.id, "messages": [{"role": "user", "content": "hi"}]}
+"""A request that is served."""
+
 Step = list[Delta | Finished] | anyio.Event | Exception
 """Events that come together, a wait, or a failure."""
 

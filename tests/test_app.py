@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -19,20 +19,7 @@ from lmx.inference import InferenceQueue
 from lmx.messages import Delta
 from lmx.registry import Registry
 from tests.fake_client import Client
-from tests.fake_models import Server
-
-GOOD: dict[str, Any] = {"model": "parrot", "messages": [{"role": "user", "content": "hi"}]}
-
-
-@pytest.fixture
-def server() -> Server:
-    return Server()
-
-
-@pytest.fixture
-def client(server: Server) -> Iterator[TestClient]:
-    with TestClient(server.app) as client:
-        yield client
+from tests.fake_models import GOOD, Server
 
 
 def error_of(response: httpx2.Response) -> dict[str, Any]:

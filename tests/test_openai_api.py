@@ -31,20 +31,7 @@ from lmx.generation import ChatMessage
 from lmx.messages import Delta, Finished
 from lmx.schema import ChatCompletionRequest
 from tests.fake_client import Client
-from tests.fake_models import Server
-
-GOOD: dict[str, Any] = {"model": "parrot", "messages": [{"role": "user", "content": "hi"}]}
-
-
-@pytest.fixture
-def server() -> Server:
-    return Server()
-
-
-@pytest.fixture
-def client(server: Server) -> Iterator[TestClient]:
-    with TestClient(server.app) as client:
-        yield client
+from tests.fake_models import GOOD, Server
 
 
 @pytest.fixture

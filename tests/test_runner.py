@@ -26,7 +26,7 @@ from lmx.messages import (
     Stop,
     encode_command,
 )
-from lmx.runner import GPUTurn, Runner
+from lmx.runner import GPUTurn, Runner, read_commands
 
 from .fakes import FakeBackend
 
@@ -64,7 +64,7 @@ def running(
     runner = Runner(backend, GPUTurn(str(tmp_path / "turn")), heard.put)
     read_end, write_end = os.pipe()
     commands = os.fdopen(read_end, "rb", buffering=0)
-    reader = threading.Thread(target=runner.read, args=(commands,))
+    reader = threading.Thread(target=runner.read, args=(read_commands(commands.fileno()),))
     stepper = threading.Thread(target=runner.run)
     reader.start()
     stepper.start()
@@ -220,7 +220,7 @@ def test_a_broken_engine_ends_the_loop(tmp_path: Path) -> None:
     runner = Runner(backend, GPUTurn(str(tmp_path / "turn")), lambda events: None)
     read_end, write_end = os.pipe()
     with os.fdopen(read_end, "rb", buffering=0) as commands:
-        reader = threading.Thread(target=runner.read, args=(commands,))
+        reader = threading.Thread(target=runner.read, args=(read_commands(commands.fileno()),))
         reader.start()
         os.write(write_end, encode_command(generate(1, "BROKEN")))
         with pytest.raises(BackendBroken):

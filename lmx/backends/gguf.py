@@ -45,9 +45,6 @@ GROWTH_CELLS: Final = 64
 """Cells beyond its tokens that a sequence must find free to start: with fewer it would soon be
 preempted again, and every preemption costs a prefill."""
 
-MAX_SEQUENCE_IDS: Final = 256
-"""llama.cpp's LLAMA_MAX_SEQ."""
-
 DEFAULT_SEED: Final = 0xFFFFFFFF
 """llama.cpp's LLAMA_DEFAULT_SEED: draw one."""
 
@@ -156,7 +153,8 @@ class GGUFBackend:
             or llama_cpp.llama_model_is_hybrid(self._model)
             or llama_cpp.llama_model_n_swa(self._model) > 0
         )
-        ids = min(2 * settings.parallel, MAX_SEQUENCE_IDS) if self._parks else settings.parallel
+        most: int = llama_cpp.llama_max_parallel_sequences()
+        ids = min(2 * settings.parallel, most) if self._parks else settings.parallel
         params.n_seq_max = params.n_outputs_max = self._seq_ids = ids
         params.kv_unified = True
         params.swa_full = False

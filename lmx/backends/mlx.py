@@ -145,12 +145,11 @@ class MLXBackend:
                 self._forget(inner)
                 return
 
-    def _forget(self, inner: int) -> _Row:
+    def _forget(self, inner: int) -> None:
         self._prefilling.discard(inner)
-        row = self._rows.pop(inner)
+        del self._rows[inner]
         if not self._rows:
             self._samplers.clear()
-        return row
 
     def step(self) -> list[StepEvent]:
         self._admit()
