@@ -9,9 +9,12 @@ import argparse
 import asyncio
 import errno
 import logging
+import re
 import signal
 import socket
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -42,7 +45,8 @@ def main(argv: list[str] | None = None) -> int:
         if options.command == "convert":
             convert(options.source, options.target)
             return _say(f"wrote {options.target}", 0)
-        return _serve(_config(options))
+        read_config = partial(_config, options)
+        return _serve(read_config(), read_config)
     except ConfigError as error:
         return _say(str(error), 2)
     except LMXError as error:
@@ -95,11 +99,10 @@ def _config(options: argparse.Namespace) -> Config:
     return config
 
 
-def _serve(config: Config) -> int:
-    logging.basicConfig(
-        level=config.log_level.upper(),
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-    )
+def _serve(config: Config, read_config: Callable[[], Config]) -> int:
+    output = logging.StreamHandler()
+    output.setFormatter(OneLine("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logging.basicConfig(level=config.log_level.upper(), handlers=[output])
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
     try:
         listener = _listen(config.host, config.port)
@@ -113,7 +116,7 @@ def _serve(config: Config) -> int:
     queue = InferenceQueue(config)
     server = Server(
         uvicorn.Config(
-            create_app(config, queue),
+            create_app(config, queue, read_config=read_config),
             http="h11",
             ws="none",
             lifespan="on",
@@ -129,7 +132,15 @@ def _serve(config: Config) -> int:
     )
     logging.getLogger("lmx").info("serving on http://%s:%d", *listener.getsockname()[:2])
     server.run(sockets=[listener])
-    return 0 if server.started else 1
+    return 0 if server.started and not server.broken else 1
+
+
+class OneLine(logging.Formatter):
+    """Keeps names and errors from outside from writing lines of their own, or to the terminal."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        record.message = re.sub(r"[\0-\x1f\x7f]", lambda c: repr(c[0])[1:-1], record.message)
+        return super().formatMessage(record)
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -155,12 +166,19 @@ class Server(uvicorn.Server):
         self._queue = queue
         self._grace = grace
         self._stopping: asyncio.AbstractEventLoop | None = None
+        self.broken = False
+        """What lives as long as the application has ended before it: launchd must start anew."""
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         # uvicorn's own raises the signal again when it is done: a death by signal to launchd.
         self.should_exit = True
         if self._stopping is not None and sig == signal.SIGINT:
             self._stopping.call_soon_threadsafe(self._queue.abort)  # no grace after a second Ctrl-C
+
+    async def on_tick(self, counter: int) -> bool:
+        # uvicorn would go on to serve an application that has nothing left to answer with.
+        self.broken = bool(getattr(self.lifespan, "error_occurred", False))
+        return await super().on_tick(counter) or self.broken
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._stopping = asyncio.get_running_loop()

@@ -5,34 +5,74 @@ from __future__ import annotations
 import logging
 import re
 import secrets
-from collections.abc import AsyncIterator, Callable
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from typing import Final
+from typing import Any, Final
 
+import anyio
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
-from starlette.routing import Route
+from starlette.routing import Mount, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from . import openai_api
+from . import admin_api, openai_api, openapi
+from .access import AdminOnly
 from .config import Config
+from .downloader import Downloads
+from .endpoint import State, endpoint
 from .errors import LMXError, error_body
 from .inference import InferenceQueue
-from .openai_api import State
 from .registry import Registry, open_registry
 from .streaming import INTERNAL_ERROR
 
 logger = logging.getLogger(__name__)
 
+
+def _post(path: str, handler: Callable[..., Awaitable[Any]]) -> Route:
+    return Route(path, endpoint(handler), methods=["POST"])
+
+
+def _get(path: str, handler: Callable[..., Awaitable[Any]]) -> Route:
+    return Route(path, endpoint(handler))
+
+
+async def document(request: Request[State]) -> dict[str, Any]:
+    """This document."""
+    return openapi.document(ROUTES)
+
+
 ROUTES: Final = (
-    Route("/v1/models", openai_api.list_models),
-    Route("/v1/models/", openai_api.list_models),
-    Route("/v1/models/{id:path}", openai_api.retrieve_model),
-    Route("/v1/chat/completions", openai_api.chat_completions, methods=["POST"]),
-    Route("/health", openai_api.health),
+    _get("/v1/models", openai_api.list_models),
+    _get("/v1/models/", openai_api.list_models),
+    _get("/v1/models/{id:path}", openai_api.retrieve_model),
+    _post("/v1/chat/completions", openai_api.chat_completions),
+    _get("/health", openai_api.health),
+    _get("/openapi.json", document),
+    Mount(
+        "/admin",
+        routes=[
+            _get("/models", admin_api.list_models),
+            _get("/models/{id:path}", admin_api.retrieve_model),
+            _post("/model/load", admin_api.load),
+            _post("/model/unload", admin_api.unload),
+            _post("/model/pin", admin_api.pin),
+            _post("/model/verify", admin_api.verify),
+            _post("/model/delete", admin_api.delete),
+            _post("/model/download", admin_api.download),
+            _get("/downloads", admin_api.list_downloads),
+            _get("/downloads/{id}", admin_api.retrieve_download),
+            _get("/downloads/{id}/events", admin_api.download_events),
+            _post("/downloads/{id}/cancel", admin_api.cancel_download),
+            _get("/status", admin_api.status),
+            _get("/config", admin_api.show_config),
+            _post("/config/reload", admin_api.reload_config),
+        ],
+        middleware=[Middleware(AdminOnly)],
+    ),
 )
 
 OpenRegistry = Callable[[Config, InferenceQueue], AbstractAsyncContextManager[Registry]]
@@ -42,14 +82,24 @@ def create_app(
     config: Config,
     queue: InferenceQueue,
     *,
+    read_config: Callable[[], Config] | None = None,
     open_registry: OpenRegistry = open_registry,
 ) -> Starlette:
-    """`open_registry` is for tests, which have no models."""
+    """`read_config` reads the configuration anew; `open_registry` is for tests without models."""
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[State]:
-        async with open_registry(config, queue) as registry:
-            yield State(config=config, registry=registry, queue=queue)
+        async with open_registry(config, queue) as registry, anyio.create_task_group() as tasks:
+            downloads = Downloads(lambda: registry.config, tasks, registry.rescan)
+            await downloads.resume()
+            yield State(
+                registry=registry,
+                queue=queue,
+                downloads=downloads,
+                read_config=read_config or (lambda: config),
+                started=time.time(),
+            )
+            tasks.cancel_scope.cancel()
 
     return Starlette(
         routes=ROUTES,
@@ -68,6 +118,8 @@ async def lmx_error(request: Request, error: Exception) -> Response:
     if error.status >= 500:
         logger.error("%r: %s: %s", request.scope["path"], type(error).__name__, error.message)
     headers = {} if error.retry_after is None else {"Retry-After": str(error.retry_after)}
+    if not error.should_retry:
+        headers["x-should-retry"] = "false"
     return JSONResponse(error.to_body(), error.status, headers)
 
 

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterable
 from datetime import datetime
+from pathlib import Path
 from typing import Any, Final
 
 from jinja2 import TemplateError, nodes
@@ -22,6 +23,7 @@ from jinja2.parser import Parser
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from .config import EngineSettings
 from .errors import InvalidRequest, ModelLoadFailed
 from .generation import ChatMessage
 
@@ -125,6 +127,20 @@ class _Environment(ImmutableSandboxedEnvironment):
             if (bits * right if operator == "**" else bits + right.bit_length()) > MAX_BITS:
                 raise SecurityError("it computes too large a number")
         return super().call_binop(context, operator, left, right)
+
+
+def own_template(settings: EngineSettings) -> str | None:
+    """The template that the configuration wants in place of the model's.
+
+    Raises:
+        ModelLoadFailed: its file cannot be read.
+    """
+    if settings.chat_template is None:
+        return None
+    try:
+        return Path(settings.chat_template).expanduser().read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise ModelLoadFailed(f"chat_template {settings.chat_template}: {error}") from error
 
 
 class ChatTemplate:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
@@ -17,8 +15,11 @@ HOME: Final = Path("~/.opta-lmx")
 LogLevel = Literal["debug", "info", "warning", "error"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EngineSettings:
+class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A mapping of the file; a misspelt key in it is an error."""
+
+
+class EngineSettings(Section, frozen=True):
     """What a runner needs to know about running a model."""
 
     parallel: Annotated[int, Meta(ge=1, le=256)] = 16
@@ -26,6 +27,8 @@ class EngineSettings:
     context_length: Annotated[int, Meta(ge=16)] | None = None
     """Tokens of prompt and answer. None: the model's own (GGUF, which reserves it all at load:
     at most 32768)."""
+    chat_template: str | None = None
+    """A Jinja file to use instead of the model's own template."""
     prefill_slice_seconds: Annotated[float, Meta(gt=0, le=60)] = 0.25
     """How long one slice of a prompt may hold up running streams."""
     mlx_cache_bytes: Annotated[int, Meta(ge=0)] = 2 * 1024**3
@@ -35,8 +38,7 @@ class EngineSettings:
     (https://github.com/ml-explore/mlx/issues/3186)."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SamplingDefaults:
+class SamplingDefaults(Section, frozen=True):
     """Used where a request says nothing. LM Studio's values, except its repetition penalty."""
 
     temperature: Annotated[float, Meta(ge=0, le=2)] = 0.8
@@ -45,12 +47,56 @@ class SamplingDefaults:
     min_p: Annotated[float, Meta(ge=0, le=1)] = 0.05
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Config:
+class MemoryLimits(Section, frozen=True):
+    limit_fraction: Annotated[float, Meta(gt=0, le=1)] = 0.9
+    """Of all unified memory, that everything on the machine together may use before a load is
+    refused."""
+    limit_bytes: Annotated[int, Meta(ge=1)] | None = None
+    """What the models together may use. None: no limit besides the fraction and Metal's."""
+    wait_seconds: Annotated[float, Meta(ge=0)] = 300.0
+    """How long a load waits for models in use to become idle and give way."""
+
+
+class HubSettings(Section, frozen=True):
+    """Downloads. The endpoint and the token are Hugging Face's own: HF_ENDPOINT, HF_TOKEN."""
+
+    offline: bool = False
+    """Ask nobody outside this machine."""
+    parallel_files: Annotated[int, Meta(ge=1, le=32)] = 4
+    allow_unverified: bool = False
+    """Take files for which the hub tells no hash."""
+    reserve_bytes: Annotated[int, Meta(ge=0)] = 5 * 1024**3
+    """Disk space a download leaves free."""
+
+
+class ModelSettings(Section, frozen=True):
+    """What differs for one model."""
+
+    engine: dict[str, Any] = {}
+    """Settings of `engine` that replace the common ones."""
+    sampling: dict[str, Any] = {}
+    """Settings of `sampling` that replace the common ones."""
+    ttl_seconds: Annotated[float, Meta(gt=0)] | None = None
+    """Replaces the common `ttl_seconds`."""
+    pinned: bool = False
+    """Never unloaded but by hand."""
+    backend: Literal["mlx", "gguf"] | None = None
+    """Use these weights and no others. None: MLX, and GGUF where that does not load."""
+
+
+class Config(Section, frozen=True):
     host: str = "127.0.0.1"
     port: Annotated[int, Meta(ge=0, le=65535)] = 1234
     models_dir: str = str(HOME / "models")
+    """Where downloads go."""
+    model_roots: tuple[str, ...] = ("lmstudio", "huggingface")
+    """Where else models are looked for, and nothing is ever changed: LM Studio's folder, Hugging
+    Face's cache, or a path to a folder of publisher/repo folders."""
+    state_file: str = str(HOME / "state.json")
+    """What is remembered over a restart: loaded models, what each has really needed."""
     log_level: LogLevel = "info"
+    admin_key: Annotated[str, Meta(min_length=1)] | None = None
+    """What /admin wants in X-Admin-Key. None: this machine and private networks only."""
     max_body_bytes: Annotated[int, Meta(ge=1024)] = 64 * 1024**2
     """A larger request body is refused with 413."""
     queue_size: Annotated[int, Meta(ge=1)] = 128
@@ -60,8 +106,33 @@ class Config:
     """A model with running requests that takes no step for so long is restarted."""
     shutdown_grace_seconds: Annotated[float, Meta(ge=0)] = 20.0
     """How long running requests may go on after SIGTERM."""
-    sampling: SamplingDefaults = field(default_factory=SamplingDefaults)
-    engine: EngineSettings = field(default_factory=EngineSettings)
+    ttl_seconds: Annotated[float, Meta(gt=0)] | None = 3600.0
+    """A model that a request has loaded is unloaded after so long without work. None: never."""
+    preload: tuple[str, ...] = ()
+    """Models to load at start."""
+    restore: bool = False
+    """Load at start what was loaded when the server stopped."""
+    aliases: dict[str, str] = {}
+    """Further names of models."""
+    models: dict[str, ModelSettings] = {}
+    """By model id."""
+    sampling: SamplingDefaults = SamplingDefaults()
+    engine: EngineSettings = EngineSettings()
+    memory: MemoryLimits = MemoryLimits()
+    hub: HubSettings = HubSettings()
+
+    def model(self, id: str) -> ModelSettings:
+        return self.models.get(id, ModelSettings())
+
+    def engine_for(self, id: str) -> EngineSettings:
+        return msgspec.convert(
+            msgspec.structs.asdict(self.engine) | self.model(id).engine, EngineSettings
+        )
+
+    def sampling_for(self, id: str) -> SamplingDefaults:
+        return msgspec.convert(
+            msgspec.structs.asdict(self.sampling) | self.model(id).sampling, SamplingDefaults
+        )
 
 
 def load_config(path: Path | None, overrides: dict[str, Any] | None = None) -> Config:
@@ -80,24 +151,14 @@ def load_config(path: Path | None, overrides: dict[str, Any] | None = None) -> C
         except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
             raise ConfigError(f"cannot read the configuration {chosen}: {error}") from error
         values = {} if values is None else values
-    where = str(chosen) if chosen else "command line"
     if isinstance(values, dict):
         values |= overrides or {}
-    _refuse_unknown_keys(values, Config, where)
+    where = str(chosen) if chosen else "command line"
     try:
-        return msgspec.convert(values, Config)
+        config = msgspec.convert(values, Config)
+        for id in config.models:
+            where = f"{chosen}: in models.{id}"
+            config.engine_for(id), config.sampling_for(id)
     except msgspec.ValidationError as error:
         raise ConfigError(f"{where}: {error}") from None
-
-
-def _refuse_unknown_keys(values: object, cls: type, where: str, prefix: str = "") -> None:
-    """A misspelt key must not be ignored; msgspec forbids unknown keys for its own structs only."""
-    if not isinstance(values, dict):
-        raise ConfigError(f"{where}: expected a mapping of settings{prefix and ' in ' + prefix}")
-    fields = {f.name: f for f in dataclasses.fields(cls)}
-    for key, value in values.items():
-        if key not in fields:
-            raise ConfigError(f"{where}: unknown setting {prefix}{key}")
-        nested = fields[key].default_factory
-        if isinstance(nested, type) and dataclasses.is_dataclass(nested):
-            _refuse_unknown_keys(value, nested, where, f"{prefix}{key}.")
+    return config

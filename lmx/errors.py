@@ -6,7 +6,7 @@ in-band error events. They know no HTTP framework.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Final
 
 
 class LMXError(Exception):
@@ -15,6 +15,9 @@ class LMXError(Exception):
     status: ClassVar[int] = 500
     type: ClassVar[str] = "server_error"
     code: ClassVar[str | None] = None
+    should_retry: ClassVar[bool] = True
+    """False: trying again cannot help, though the status says so (`x-should-retry`, as OpenAI's
+    clients understand it)."""
 
     def __init__(
         self, message: str, *, param: str | None = None, retry_after: int | None = None
@@ -79,6 +82,53 @@ class GenerationFailed(LMXError):
     code = "generation_failed"
 
 
+class InsufficientMemory(LMXError):
+    """A load or a prompt does not fit below the memory limit; the message has every number."""
+
+    status = 503
+    type = "service_unavailable_error"
+    code = "insufficient_memory"
+
+
+class NeverFits(InsufficientMemory):
+    """Not even with everything unloaded that may be."""
+
+    should_retry = False
+
+
+class ModelUnloaded(LMXError):
+    """Somebody unloaded the model under the request, by force."""
+
+    status = 503
+    type = "service_unavailable_error"
+    code = "model_unloaded"
+
+
+UNLOADED: Final = "The model was unloaded."
+
+
+class Conflict(LMXError):
+    """Not in this state of the model; says what to do first."""
+
+    status = 409
+    type = "invalid_request_error"
+    code = "conflict"
+
+
+class Forbidden(LMXError):
+    """The admin API is not for this peer, page or host name."""
+
+    status = 403
+    type = "permission_error"
+    code = "forbidden"
+
+
+class Unauthorized(LMXError):
+    status = 401
+    type = "authentication_error"
+    code = "invalid_admin_key"
+
+
 class RunnerDied(LMXError):
     """The model's process ended under the request; the next request loads the model again."""
 
@@ -91,6 +141,52 @@ class ServerStopping(LMXError):
     status = 503
     type = "service_unavailable_error"
     code = "server_stopping"
+
+
+class ModelCorrupt(LMXError):
+    """Files are not what was verified, or not what the hub promised: names file and hashes."""
+
+    code = "model_corrupt"
+
+
+class RepoNotFound(LMXError):
+    """The hub has no such repo or revision, or does not show it to this token."""
+
+    status = 404
+    type = "invalid_request_error"
+    code = "repo_not_found"
+
+
+class GatedRepo(LMXError):
+    """The hub wants the repo's terms accepted by the owner of the token first."""
+
+    status = 403
+    type = "permission_error"
+    code = "gated_repo"
+
+
+class HubUnreachable(LMXError):
+    """The hub does not answer, answers nonsense, or must not be asked."""
+
+    status = 502
+    code = "hub_unreachable"
+
+
+class DownloadFailed(LMXError):
+    """What has come so far is kept: the same download, started again, goes on there."""
+
+    code = "download_failed"
+
+
+class DiskFull(DownloadFailed):
+    status = 507
+    code = "disk_full"
+
+
+class JobNotFound(LMXError):
+    status = 404
+    type = "invalid_request_error"
+    code = "job_not_found"
 
 
 class ConfigError(Exception):

@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from itertools import chain
+from pathlib import Path
 from typing import Final
 
 import anyio
@@ -19,8 +20,10 @@ from anyio.abc import ByteReceiveStream, Process, TaskStatus
 
 from .config import Config
 from .errors import (
+    UNLOADED,
     LMXError,
     ModelLoadFailed,
+    ModelUnloaded,
     QueueFull,
     RunnerDied,
     ServerStopping,
@@ -36,10 +39,12 @@ from .messages import (
     Finished,
     FrameReader,
     Generate,
+    Grant,
     Load,
     Loaded,
     LoadFailed,
     Refused,
+    Report,
     Stop,
     decode_events,
     encode_command,
@@ -67,6 +72,8 @@ class Generation:
         self.id = id
         self.prompt_tokens = 0
         self.cached_tokens = 0
+        self.tokens = 0
+        """Generated so far."""
         self._events: list[Delta | Finished] = []
         self._error: LMXError | None = None
         self._accepted = False
@@ -110,9 +117,10 @@ class InferenceQueue:
     """Bounds the work in the house: every request that generates holds a place until it is done."""
 
     def __init__(self, config: Config) -> None:
-        self._size = config.queue_size
+        self.size = config.queue_size
         self.stopping = False
         self._live: set[Generation] = set()
+        self._waits: set[anyio.CancelScope] = set()
         self.outstanding = 0
         """Requests loading, waiting or running."""
 
@@ -126,9 +134,9 @@ class InferenceQueue:
         """
         if self.stopping:
             raise ServerStopping("The server is stopping.", retry_after=RETRY_AFTER_SECONDS)
-        if self.outstanding >= self._size:
+        if self.outstanding >= self.size:
             raise QueueFull(
-                f"The queue is full: {self._size} requests are running or waiting.",
+                f"The queue is full: {self.size} requests are running or waiting.",
                 retry_after=RETRY_AFTER_SECONDS,
             )
         self.outstanding += 1
@@ -136,6 +144,22 @@ class InferenceQueue:
             yield
         finally:
             self.outstanding -= 1
+
+    @contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """For a wait that ends when everything does.
+
+        Raises:
+            ServerStopping: it was aborted.
+        """
+        with anyio.CancelScope() as scope:
+            self._waits.add(scope)
+            try:
+                yield
+            finally:
+                self._waits.remove(scope)
+        if scope.cancelled_caught:
+            raise ServerStopping("The server is stopping.", retry_after=RETRY_AFTER_SECONDS)
 
     @asynccontextmanager
     async def generate(
@@ -165,6 +189,8 @@ class InferenceQueue:
         self.refuse_new()
         for generation in self._live:
             generation.fail(ServerStopping("The server stopped before the answer was complete."))
+        for wait in self._waits:
+            wait.cancel()
 
 
 class Runner:
@@ -178,6 +204,10 @@ class Runner:
         command: tuple[str, ...] = RUNNER_COMMAND,
     ) -> None:
         self.loaded: Loaded | None = None
+        self.report = Report(0, load.kv_bytes, 0)
+        """What it takes, as of its last word; no grant that is still on its way is left out."""
+        self.generated = 0
+        """Tokens since the start."""
         self.exit: str | None = None
         """Why the process takes no more requests; None while it does."""
         self.ended = anyio.Event()
@@ -187,7 +217,10 @@ class Runner:
         self._command = command
         self._next_id = 0
         self._generations: dict[int, Generation] = {}
+        self._grants: deque[tuple[int, anyio.Event]] = deque()
+        """Those the runner has not answered yet."""
         self._process: Process | None = None
+        self._stopped = False
         self._last_step = anyio.current_time()
         self._stderr: deque[str] = deque(maxlen=STDERR_LINES_KEPT)
         self._outbox, self._to_write = anyio.create_memory_object_stream[AnyCommand](math.inf)
@@ -221,6 +254,24 @@ class Runner:
         """Make the runner forget a request; it stays counted until the runner confirms."""
         if generation.id in self._generations and self.exit is None:
             self._outbox.send_nowait(Cancel(generation.id))
+
+    @property
+    def granting(self) -> bool:
+        return bool(self._grants)
+
+    def grant(self, kv_bytes: int) -> anyio.Event:
+        """Let its KV cache take so much; the event comes with the runner's report.
+
+        A larger grant counts at once, a smaller one when the runner has agreed.
+        """
+        answered = anyio.Event()
+        if self.exit is None:
+            self.report.kv_bytes = max(kv_bytes, self.report.kv_bytes)
+            self._grants.append((kv_bytes, answered))
+            self._outbox.send_nowait(Grant(kv_bytes))
+        else:
+            answered.set()
+        return answered
 
     async def run(self, *, task_status: TaskStatus[None]) -> None:
         """The process's whole life. Started once the model is loaded; returns when it has ended.
@@ -263,9 +314,12 @@ class Runner:
     def _fail_all(self, reason: str) -> None:
         if self.exit is None:
             self.exit = reason
+        cls, why = (ModelUnloaded, UNLOADED) if self._stopped else (RunnerDied, self.exit)
         for generation in self._generations.values():
-            generation.fail(RunnerDied(self.exit, retry_after=RETRY_AFTER_SECONDS))
+            generation.fail(cls(why, retry_after=RETRY_AFTER_SECONDS))
         self._generations.clear()
+        while self._grants:
+            self._grants.popleft()[1].set()
 
     async def _read_events(
         self, stdout: ByteReceiveStream, task_status: TaskStatus[None]
@@ -283,6 +337,12 @@ class Runner:
                                 self.loaded = event
                                 loading.deadline = math.inf
                                 task_status.started()
+                            case Report():
+                                if self._grants:  # none, once the watchdog has given it up
+                                    self._grants.popleft()[1].set()
+                                on_its_way = (kv_bytes for kv_bytes, _ in self._grants)
+                                event.kv_bytes = max(event.kv_bytes, *on_its_way, 0)
+                                self.report = event
                             case LoadFailed(error):
                                 return error.exception()
                             case _:
@@ -298,12 +358,21 @@ class Runner:
             case Refused(id, error) | Failed(id, error):
                 if generation := self._generations.pop(id, None):
                     generation.fail(error.exception())
-            case Finished(id):
+            case Finished(id, _, tokens):
                 if generation := self._generations.pop(id, None):
+                    self._count(generation, tokens)
                     generation.put(event)
-            case Accepted(id) | Delta(id):
+            case Delta(id, _, tokens):
+                if generation := self._generations.get(id):
+                    self._count(generation, tokens)
+                    generation.put(event)
+            case Accepted(id):
                 if generation := self._generations.get(id):
                     generation.put(event)
+
+    def _count(self, generation: Generation, tokens: int) -> None:
+        self.generated += tokens - generation.tokens
+        generation.tokens = tokens
 
     async def _write_commands(self, process: Process) -> None:
         assert process.stdin
@@ -339,6 +408,7 @@ class Runner:
 
     async def stop(self) -> None:
         """Ask the process to free its model and end, and wait until it has."""
+        self._stopped = True
         if self._process is not None and not self.ended.is_set():
             with anyio.CancelScope(shield=True):
                 await self._end(self._process)
@@ -383,3 +453,13 @@ def runner_environment(
             environment["LD_PRELOAD"] = library
             logger.info("preloading %s in the runner", library)
     return environment
+
+
+async def convert(source: Path, target: Path) -> None:
+    """Make the embedded model's MLX folder, which takes seconds and once."""
+    logger.info("converting %s to %s", source, target)
+    command = [sys.executable, "-m", "lmx", "convert", str(source), str(target)]
+    done = await anyio.run_process(command, check=False, stderr=subprocess.STDOUT)
+    if done.returncode:
+        said = done.stdout.decode(errors="replace").strip()
+        raise ModelLoadFailed(f"{source}: conversion failed: {said}")

@@ -46,6 +46,8 @@ class Load(Command):
     format: str
     """`mlx` or `gguf`."""
     settings: EngineSettings
+    kv_bytes: int
+    """What the KV cache may take until the first `Grant`."""
     turn: str
     """The file whose lock is the right to use the GPU, shared by all runners."""
 
@@ -58,6 +60,15 @@ class Generate(Command):
 
 class Cancel(Command):
     id: int
+
+
+class Grant(Command):
+    """Let the KV cache take so much from now on; answered with `Report`.
+
+    Below what it takes already, nothing is thrown away, but it does not grow.
+    """
+
+    kv_bytes: int
 
 
 class Stop(Command):
@@ -74,6 +85,14 @@ class Loaded(Event):
     """How many sequences decode together; 1 where the model's cache cannot be batched."""
     engine: str
     """Engine and version, for logs and the system fingerprint, such as `mlx-lm 0.32.2`."""
+
+
+class Report(Event):
+    engine_bytes: int
+    """The most the engine has held since the last report, KV cache included."""
+    kv_bytes: int
+    """What the KV cache may take: the grant, or what it takes already if that is more."""
+    kv_used_bytes: int
 
 
 class LoadFailed(Event):
@@ -109,8 +128,8 @@ class Failed(Event):
     error: Error
 
 
-AnyCommand = Load | Generate | Cancel | Stop
-AnyEvent = Loaded | LoadFailed | Accepted | Refused | Delta | Finished | Failed
+AnyCommand = Load | Generate | Cancel | Grant | Stop
+AnyEvent = Loaded | Report | LoadFailed | Accepted | Refused | Delta | Finished | Failed
 
 _encoder = msgspec.msgpack.Encoder()
 _command_decoder: msgspec.msgpack.Decoder[AnyCommand] = msgspec.msgpack.Decoder(AnyCommand)

@@ -10,112 +10,65 @@ import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from functools import partial
-from typing import Any, Final, TypedDict
+from typing import Annotated, Any
 
-import anyio
 import msgspec
-from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
-from . import __version__, registry, schema
-from .config import Config
+from . import __version__, catalog, schema
+from .endpoint import State, WireResponse
 from .errors import GenerationFailed
 from .generation import Usage
-from .inference import InferenceQueue
 from .messages import Delta, Finished
 from .schema import ChatCompletionRequest, ChoiceDelta, ChunkChoice
 from .streaming import DONE, EventStream, encode_event, unless_disconnected
 
-BODY_SECONDS: Final = 30.0
-"""A request's body must have arrived by then; uvicorn would wait for ever."""
+
+async def health(request: Request[State]) -> dict[str, Any]:
+    """Whether the server works."""
+    registry, queue = request.state["registry"], request.state["queue"]
+    return {
+        "status": "ok",
+        "version": __version__,
+        "models": [
+            {
+                "id": slot.model.id,
+                "format": slot.using.format,
+                "state": slot.state,
+                "active": slot.runner.active if slot.runner else 0,
+                "pid": slot.runner.pid if slot.runner else None,
+            }
+            for slot in registry.slots.values()
+        ],
+        "queue": {"outstanding": queue.outstanding, "size": queue.size},
+    }
 
 
-class State(TypedDict):
-    """What lives as long as the server; `request.state` in every handler."""
-
-    config: Config
-    registry: registry.Registry
-    queue: InferenceQueue
-
-
-class WireResponse(JSONResponse):
-    """JSON of wire dataclasses."""
-
-    def render(self, content: Any) -> bytes:
-        return msgspec.json.encode(content)
-
-
-async def health(request: Request[State]) -> Response:
-    state = request.state
-    return WireResponse(
-        {
-            "status": "ok",
-            "version": __version__,
-            "models": state["registry"].status(),
-            "queue": {
-                "outstanding": state["queue"].outstanding,
-                "size": state["config"].queue_size,
-            },
-        }
-    )
-
-
-async def list_models(request: Request[State]) -> Response:
+async def list_models(request: Request[State]) -> schema.ModelList:
+    """The models that can be used."""
     models = await request.state["registry"].models()
-    return WireResponse(schema.ModelList(data=[_model(model) for model in models]))
+    return schema.ModelList(data=[_model(model) for model in models if model.usable])
 
 
-async def retrieve_model(request: Request[State]) -> Response:
-    model = await request.state["registry"].resolve(request.path_params["id"])
-    return WireResponse(_model(model))
+async def retrieve_model(request: Request[State]) -> schema.Model:
+    """One model."""
+    return _model(await request.state["registry"].resolve(request.path_params["id"]))
 
 
-def _model(model: registry.Model) -> schema.Model:
+def _model(model: catalog.Model) -> schema.Model:
     return schema.Model(id=model.id, created=model.created, owned_by=model.publisher)
 
 
-async def chat_completions(request: Request[State]) -> Response:
-    wanted = schema.decode_chat_completion_request(await read_body(request))
-    if wanted.stream:
-        chunks = _chunks(request.state, wanted, include_usage=wanted.include_usage)
+async def chat_completions(
+    request: Request[State], body: schema.ChatCompletionRequest
+) -> Annotated[Response, schema.ChatCompletion]:
+    """Answer a conversation; with `stream`, in server-sent events."""
+    if body.stream:
+        chunks = _chunks(request.state, body, include_usage=body.include_usage)
         return EventStream(_events(chunks))
-    chunks = _chunks(request.state, wanted, include_usage=True)
+    chunks = _chunks(request.state, body, include_usage=True)
     return WireResponse(await unless_disconnected(request.receive, partial(_fold, chunks)))
-
-
-async def read_body(request: Request[State]) -> bytes:
-    """The body, within the limits of time and size.
-
-    Starlette's own `max_body_size` answers in plain text, so the size is counted here.
-
-    Raises:
-        HTTPException: 408, 413 or 415.
-        ClientDisconnect: the client left before it had sent everything.
-    """
-    limit = request.state["config"].max_body_bytes
-    # The rest of a refused body is still on its way: the connection is of no more use.
-    close = {"Connection": "close"}
-    too_large = HTTPException(413, f"The request body is larger than {limit} bytes.", close)
-    if request.headers.get("content-encoding", "identity").lower() != "identity":
-        # Decompressing would undo the limit.
-        raise HTTPException(
-            415, "Content-Encoding is not supported: send the body as it is.", close
-        )
-    declared = request.headers.get("content-length", "")
-    if declared.isdecimal() and int(declared) > limit:
-        raise too_large
-    body = bytearray()
-    try:
-        with anyio.fail_after(BODY_SECONDS):
-            async for data in request.stream():
-                body += data
-                if len(body) > limit:
-                    raise too_large
-    except TimeoutError:
-        late = f"The request body did not arrive within {BODY_SECONDS:.0f} s."
-        raise HTTPException(408, late, close) from None
-    return bytes(body)
 
 
 async def _chunks(
@@ -127,9 +80,11 @@ async def _chunks(
     a failure still gets an HTTP status, which clients retry.
     """
     messages = wanted.to_messages()
-    params = wanted.to_sampling(state["config"].sampling)
+    registry = state["registry"]
+    model = await registry.resolve(wanted.model)
+    params = wanted.to_sampling(registry.config.sampling_for(model.id))
     async with (
-        state["registry"].lease(wanted.model) as lease,
+        registry.lease(model, wanted.ttl) as lease,
         state["queue"].generate(lease.runner, messages, params) as generation,
     ):
         engine = lease.runner.loaded.engine if lease.runner.loaded else lease.model.format

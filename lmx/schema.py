@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Annotated, Any, Final, Literal, TypeVar
 
 import msgspec
@@ -111,6 +112,8 @@ class ChatCompletionRequest:
     stream_options: StreamOptions | None = None
     """Without `stream` OpenAI refuses it; LM Studio's clients send it always, so it is ignored."""
     service_tier: str | None = None
+    ttl: Annotated[float, Meta(gt=0)] | None = None
+    """LM Studio's: seconds without work after which the model is unloaded."""
 
     temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
     top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
@@ -174,7 +177,8 @@ class ChatCompletionRequest:
             raise InvalidRequest(f"Invalid value for '{name}': expected 1 or more.", param=name)
         return min(int(limit), MAX_COUNT)
 
-    def refuse_unsupported(self) -> None:
+    def __post_init__(self) -> None:
+        """Refuse what is correct but not built."""
         no_tool = (None, "none", "auto")
         refused = {
             "n": self.n is not None and self.n > 1,
@@ -200,22 +204,19 @@ def _or(value: T | None, default: T) -> T:
     return default if value is None else value
 
 
-_chat_completion_request = msgspec.json.Decoder(ChatCompletionRequest)
+@cache
+def _decoder(type: Any) -> msgspec.json.Decoder[Any]:
+    return msgspec.json.Decoder(type)
 
 
-def decode_chat_completion_request(body: bytes) -> ChatCompletionRequest:
+def decode(body: bytes, type: type[T]) -> T:
     """
     Raises:
         InvalidRequest: not JSON, or not a request that can be served; `param` names the field.
     """
-    request = _decode(_chat_completion_request, body)
-    request.refuse_unsupported()
-    return request
-
-
-def _decode(decoder: msgspec.json.Decoder[T], body: bytes) -> T:
     try:
-        return decoder.decode(body)
+        request: T = _decoder(type).decode(body)  # type: ignore[arg-type]
+        return request
     except msgspec.ValidationError as error:
         raise _invalid(str(error)) from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -224,6 +225,7 @@ def _decode(decoder: msgspec.json.Decoder[T], body: bytes) -> T:
 
 # msgspec has the path in its message only: "... - at `$.a[0].b`", "... - at `key` in `$.a`".
 _VALIDATION = re.compile(r"(?P<what>.*?)(?: - at (?:`key` in )?`\$\.?(?P<path>.*)`)?", re.DOTALL)
+_UNKNOWN = re.compile(r"Object contains unknown field `(\w+)`")
 _MISSING = re.compile(r"Object missing required field `(\w+)`")
 
 
@@ -234,6 +236,9 @@ def _invalid(message: str) -> InvalidRequest:
     path = (match["path"] or "").removesuffix("[...]")
     if missing := _MISSING.fullmatch(what):
         return _missing(f"{path}.{missing[1]}".lstrip("."))
+    if unknown := _UNKNOWN.fullmatch(what):
+        path = f"{path}.{unknown[1]}".lstrip(".")
+        return InvalidRequest(f"Unknown parameter: '{path}'.", param=path)
     where = f" for '{path}'" if path else ""
     what = what.replace("`", "").replace("float that's a multiple of 1.0", "a whole number")
     return InvalidRequest(f"Invalid value{where}: {what}.", param=path or None)

@@ -11,12 +11,13 @@ import anyio
 from starlette.applications import Starlette
 
 from lmx.app import create_app
+from lmx.catalog import Model
 from lmx.config import Config
 from lmx.errors import LMXError
 from lmx.generation import ChatMessage, SamplingParams
 from lmx.inference import Generation, InferenceQueue, Runner
 from lmx.messages import Accepted, Delta, Finished, Loaded
-from lmx.registry import Lease, Model, Registry
+from lmx.registry import Lease, Registry
 
 MODEL = Model(
     id="parrot",
@@ -56,6 +57,7 @@ class FakeRunner(Runner):
 
     def __init__(self) -> None:
         self.loaded = Loaded(4096, 16, "fake 1.0")
+        self.exit = None
 
 
 class FakeGeneration(Generation):
@@ -106,7 +108,8 @@ class FakeRegistry(Registry):
     """Has the two models; both are loaded by being asked for, unless `failure` is set."""
 
     def __init__(self, config: Config, queue: InferenceQueue) -> None:
-        self._config = config
+        self.config = config
+        self.slots = {}
         self._queue = queue
         self._found = []
         self.failure: LMXError | None = None
@@ -115,12 +118,9 @@ class FakeRegistry(Registry):
         self._found = [MODEL, SLASHED]
         return self._found
 
-    def status(self) -> list[dict[str, Any]]:
-        return [{"id": MODEL.id, "state": "ready"}]
-
     @asynccontextmanager
-    async def lease(self, name: str) -> AsyncIterator[Lease]:
-        model = await self.resolve(name)
+    async def lease(self, wanted: str | Model, ttl: float | None = None) -> AsyncIterator[Lease]:
+        model = wanted if isinstance(wanted, Model) else await self.resolve(wanted)
         with self._queue.place():
             if self.failure:
                 raise self.failure

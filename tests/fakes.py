@@ -9,6 +9,7 @@ from pathlib import Path
 
 from lmx.backends import (
     BackendBroken,
+    Memory,
     Sequence,
     SequenceFailed,
     StepEvent,
@@ -28,7 +29,7 @@ class FakeBackend:
     `step`; BROKEN says that the engine is; KILL kills the process; HANG never returns.
     """
 
-    def __init__(self, path: Path, settings: EngineSettings) -> None:
+    def __init__(self, path: Path, settings: EngineSettings, kv_bytes: int = 0) -> None:
         if path.name == "broken":
             raise ModelLoadFailed(f"{path}/weights: not weights")
         if path.name == "dies":
@@ -45,6 +46,7 @@ class FakeBackend:
         self.chat_template: ChatTemplate | None = ChatTemplate(TEMPLATE)
         self._words: dict[str, int] = {}
         self._sequences: dict[int, tuple[Sequence, int]] = {}
+        self.kv_bytes = kv_bytes
         self.closed = False
 
     def tokenize(self, text: str) -> list[int]:
@@ -92,12 +94,13 @@ class FakeBackend:
                 events.append(TokenEvent(uid, word + " "))
         return events
 
-    def memory(self) -> int:
-        return 0
+    def grant(self, kv_bytes: int) -> Memory:
+        self.kv_bytes = max(kv_bytes, 0)
+        return Memory(0, self.kv_bytes, 0)
 
     def close(self) -> None:
         self.closed = True
 
 
-def load(path: Path, format: str, settings: EngineSettings) -> FakeBackend:
-    return FakeBackend(path, settings)
+def load(path: Path, format: str, settings: EngineSettings, kv_bytes: int) -> FakeBackend:
+    return FakeBackend(path, settings, kv_bytes)

@@ -26,6 +26,9 @@ import numpy.typing as npt
 from lmx import convert, gguf_header, gguf_tokenizer
 from lmx.gguf_header import TENSOR_TYPES, read_header
 
+PLENTY = 1 << 40
+"""A KV cache nobody here fills."""
+
 Floats = npt.NDArray[np.float32]
 
 TINY: dict[str, Any] = {

@@ -8,11 +8,12 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from queue import Queue
+from typing import Any
 
 import httpx2
 from openai import AsyncOpenAI
@@ -29,6 +30,11 @@ class Serving:
     def get(self, path: str) -> httpx2.Response:
         return httpx2.get(self.url + path, timeout=TIMEOUT)
 
+    def post(self, path: str, body: dict[str, Any]) -> Any:
+        answer = httpx2.post(self.url + path, json=body, timeout=TIMEOUT)
+        assert answer.status_code == 200, answer.text
+        return answer.json()
+
     def client(self) -> AsyncOpenAI:
         return AsyncOpenAI(base_url=f"{self.url}/v1", api_key="any", timeout=TIMEOUT, max_retries=0)
 
@@ -43,11 +49,22 @@ class Serving:
 
 
 @contextmanager
-def serving(home: Path, *arguments: str) -> Iterator[Serving]:
-    """`python -m lmx` with its home folder at `home`; it must end with exit code 0."""
+def serving(
+    home: Path,
+    *arguments: str,
+    environment: Mapping[str, str] | None = None,
+    killed: bool = False,
+) -> Iterator[Serving]:
+    """`python -m lmx` with its home folder at `home`; it must end with exit code 0, unless the test
+    kills it."""
     with subprocess.Popen(
         [sys.executable, "-m", "lmx", "--port", "0", *arguments],
-        env={**os.environ, "HOME": str(home), "PYTHONWARNINGS": "error::ResourceWarning"},
+        env={
+            **os.environ,
+            "HOME": str(home),
+            "PYTHONWARNINGS": "error::ResourceWarning",
+            **(environment or {}),
+        },
         stderr=subprocess.PIPE,
         text=True,
     ) as process:
@@ -70,7 +87,7 @@ def serving(home: Path, *arguments: str) -> Iterator[Serving]:
             yield Serving(process, url, log)
             if process.poll() is None:
                 process.send_signal(signal.SIGTERM)
-            assert process.wait(TIMEOUT) == 0, "".join(log)
+            assert process.wait(TIMEOUT) == (-signal.SIGKILL if killed else 0), "".join(log)
         finally:
             process.kill()
             process.wait(TIMEOUT)

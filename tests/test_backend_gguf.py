@@ -16,7 +16,7 @@ from lmx.config import EngineSettings
 from lmx.errors import ModelLoadFailed
 from lmx.generation import SamplingParams
 
-from .models import smollm2_gguf
+from .models import PLENTY, smollm2_gguf
 
 GREEDY = SamplingParams(temperature=0)
 ENDLESS = {0: -100.0, 2: -100.0}
@@ -29,7 +29,7 @@ TOPICS = (
 
 @pytest.fixture(scope="module")
 def loaded() -> Iterator[GGUFBackend]:
-    backend = GGUFBackend(smollm2_gguf(), EngineSettings(context_length=2048))
+    backend = GGUFBackend(smollm2_gguf(), EngineSettings(context_length=2048), PLENTY)
     yield backend
     backend.close()
 
@@ -150,7 +150,7 @@ def test_ended_sequences_are_parked_until_their_cells_are_needed(backend: GGUFBa
 
 def test_preempted_sequences_go_on_where_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sequences that outgrow the pool give the answers they give alone."""
-    backend = GGUFBackend(smollm2_gguf(), EngineSettings(context_length=128, parallel=8))
+    backend = GGUFBackend(smollm2_gguf(), EngineSettings(context_length=128, parallel=8), PLENTY)
     monkeypatch.setattr(gguf, "GROWTH_CELLS", 8)
     backend._cells = 128  # llama.cpp rounds up to 256
     preempt, preempted = backend._preempt_youngest, []
@@ -404,7 +404,7 @@ def test_what_a_loaded_model_says_of_itself(backend: GGUFBackend) -> None:
     assert backend.engine.startswith("llama.cpp (llama-cpp-python 0.")
     assert backend.chat_template is not None
     kv_bytes = 2 * 2 * 2048 * 30 * 3 * 64
-    assert 1.0 < backend.memory() / (92.1 * 2**20 + kv_bytes) < 1.5
+    assert 1.0 < backend.grant(0).engine_bytes / (92.1 * 2**20 + kv_bytes) < 1.5
 
 
 def gguf_file(architecture: bytes) -> bytes:
@@ -440,6 +440,6 @@ def test_load_errors(tmp_path: Path, data: bytes | None) -> None:
     if data is not None:
         path.write_bytes(data)
     with pytest.raises(ModelLoadFailed) as failed:
-        GGUFBackend(path, EngineSettings())
+        GGUFBackend(path, EngineSettings(), PLENTY)
     assert str(path) in failed.value.message
     assert "no reason given" not in failed.value.message

@@ -17,12 +17,14 @@ from tokenizers import Tokenizer, decoders
 from tokenizers.models import BPE
 
 from lmx.backends import BackendBroken, PrefillRate, Sequence, SequenceFailed, StepEvent, TokenEvent
-from lmx.backends.mlx import MLXBackend, _Adjustments, _Sampler, _template, token_bytes
+from lmx.backends.mlx import MLXBackend, _template, token_bytes
+from lmx.backends.mlx_sampling import Adjustments, Sampler
 from lmx.config import EngineSettings
-from lmx.errors import ModelLoadFailed
+from lmx.errors import InsufficientMemory, ModelLoadFailed
 from lmx.generation import ChatMessage, SamplingParams
 
 from . import models
+from .models import PLENTY
 
 GREEDY = SamplingParams(temperature=0)
 NEAR_TIE = 0.05
@@ -50,7 +52,7 @@ BEGINNINGS = [
 
 @pytest.fixture(scope="module")
 def smollm2() -> MLXBackend:
-    return MLXBackend(models.smollm2_mlx(), EngineSettings())
+    return MLXBackend(models.smollm2_mlx(), EngineSettings(), PLENTY)
 
 
 @pytest.fixture
@@ -60,7 +62,7 @@ def tiny_path(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def tiny(tiny_path: Path) -> MLXBackend:
-    return MLXBackend(tiny_path, EngineSettings())
+    return MLXBackend(tiny_path, EngineSettings(), PLENTY)
 
 
 def chat(backend: MLXBackend, question: str) -> list[int]:
@@ -207,7 +209,7 @@ def test_mixed_parameters_share_a_batch(tiny: MLXBackend) -> None:
     assert len(complete(tiny, sequences)) == len(several)
 
 
-def draw(sampler: _Sampler, logits: list[float], times: int = 300) -> set[int]:
+def draw(sampler: Sampler, logits: list[float], times: int = 300) -> set[int]:
     row = mx.log(mx.softmax(mx.array([logits])))
     return {cast(int, sampler(row).item()) for _ in range(times)}
 
@@ -231,7 +233,7 @@ def draw(sampler: _Sampler, logits: list[float], times: int = 300) -> set[int]:
 def test_sampler_filters(filters: tuple[float, int, float, float], drawn: set[int]) -> None:
     """temperature, top_k, top_p, min_p on the distribution 0.15, 0.5, 0.05, 0.3."""
     logits = [math.log(p) for p in (0.16, 0.5, 0.04, 0.3)]
-    assert draw(_Sampler(*filters), logits) == drawn
+    assert draw(Sampler(*filters), logits) == drawn
 
 
 @pytest.mark.parametrize(
@@ -249,17 +251,17 @@ def test_adjustments(params: SamplingParams, expected: list[float]) -> None:
     """Token 0 is in the prompt, token 1 twice in the answer; repetition counts both, the others
     the answer only."""
     logits = mx.array([[1.0, 2.0, -3.0, 4.0]])
-    steps = _Adjustments(params, [0, 0], [])
+    steps = Adjustments(params, [0, 0], [])
     steps(mx.array([0]), logits)
     steps(mx.array([0, 1]), logits)
     assert steps(mx.array([0, 1, 1]), logits).tolist() == [expected]
-    resumed = _Adjustments(params, [0, 0], [1, 1])
+    resumed = Adjustments(params, [0, 0], [1, 1])
     assert resumed(mx.array([0, 1, 1]), logits).tolist() == [expected]
 
 
 def test_repetition_penalty_lowers_negative_logits() -> None:
     """The paper's rule: a negative logit is multiplied, so that it falls too."""
-    adjust = _Adjustments(SamplingParams(repetition_penalty=2.0), [1], [])
+    adjust = Adjustments(SamplingParams(repetition_penalty=2.0), [1], [])
     assert adjust(mx.array([1]), mx.array([[1.0, -2.0]])).tolist() == [[1.0, -4.0]]
 
 
@@ -328,7 +330,7 @@ def test_the_bytes_of_sentencepiece_tokens() -> None:
 def narrow_slices(path: Path, monkeypatch: pytest.MonkeyPatch) -> MLXBackend:
     """A backend that takes 32 tokens of a prompt at a time, as if it were very slow."""
     monkeypatch.setattr(PrefillRate, "slice_tokens", lambda self, *, decoding: 32)
-    return MLXBackend(path, EngineSettings())
+    return MLXBackend(path, EngineSettings(), PLENTY)
 
 
 @pytest.mark.parametrize("steps", [0, 1, 2, 5], ids=["waiting", "prefilling", "first", "decoding"])
@@ -379,7 +381,7 @@ def test_a_long_prompt_is_prefilled_in_slices(
 
 def test_more_sequences_than_rows_wait_their_turn(tiny_path: Path) -> None:
     """`parallel` bounds the batch, and everybody is served."""
-    backend = MLXBackend(tiny_path, EngineSettings(parallel=3))
+    backend = MLXBackend(tiny_path, EngineSettings(parallel=3), PLENTY)
     rows = []
     texts = complete(
         backend,
@@ -387,6 +389,94 @@ def test_more_sequences_than_rows_wait_their_turn(tiny_path: Path) -> None:
         lambda events: rows.append(len(backend._rows)),
     )
     assert len(texts) == 10 and max(rows) <= 3
+
+
+STEP_BYTES = 256 * 2 * 2 * 2 * 16 * 4
+"""The tiny model's KV cache grows by 256 tokens: 2 layers, K and V of 2 heads of 16 float32."""
+
+
+@pytest.mark.parametrize(
+    ("steps", "length", "tokens", "rows"),
+    [(2, 20, 8, 2), (3, 20, 8, 3), (2, 188, 80, 2), (4, 300, 8, 2), (2, 300, 8, 1)],
+    ids=["two fit", "three fit", "two until they grow", "two of two steps", "one of two steps"],
+)
+def test_the_kv_cache_stays_within_its_grant(
+    tiny_path: Path, steps: int, length: int, tokens: int, rows: int
+) -> None:
+    """What does not fit waits, the youngest gives way, and every text is what it is alone."""
+    backend = MLXBackend(tiny_path, EngineSettings(), steps * STEP_BYTES)
+    text = "a b " * (length // 2)
+    sequences = [sequence(backend, n, f"{n} {text}", tokens) for n in range(5)]
+    most = 0
+
+    def look(events: list[StepEvent]) -> None:
+        nonlocal most
+        most = max(most, len(backend._rows))
+        memory = backend.grant(steps * STEP_BYTES)
+        assert memory.kv_used_bytes <= memory.kv_bytes == steps * STEP_BYTES
+
+    together = complete(backend, sequences, look)
+    assert most == rows
+    free = MLXBackend(tiny_path, EngineSettings(), PLENTY)
+    assert together == {s.uid: complete(free, [s])[s.uid] for s in sequences}
+
+
+def test_the_estimate_of_the_kv_cache_is_what_mlx_takes(tiny_path: Path) -> None:
+    """What a batch is said to take is what its caches really hold."""
+    backend = MLXBackend(tiny_path, EngineSettings(), PLENTY)
+    for n in range(3):
+        backend.add(sequence(backend, n, f"{n} " + "a b " * 70, 200))
+    while len(backend.step()) < 3:
+        pass
+    batch = cast(Any, backend._generator)._generation_batch
+    held = sum(cache.nbytes for cache in batch.prompt_cache)
+    assert backend.grant(PLENTY).kv_used_bytes == held
+
+
+def test_a_sequence_that_never_fits_fails(tiny_path: Path) -> None:
+    """Alone it is refused with the numbers, at its prompt or when it has grown too long; the
+    others go on, and with a larger grant it would have run."""
+    backend = MLXBackend(tiny_path, EngineSettings(), STEP_BYTES)
+    failed: list[SequenceFailed] = []
+
+    def look(events: list[StepEvent]) -> None:
+        failed.extend(event for event in events if isinstance(event, SequenceFailed))
+
+    long, grows, short = (
+        sequence(backend, n, "a " * length, 200) for n, length in enumerate((300, 100, 20))
+    )
+    texts = complete(backend, [long, grows], look)
+    texts |= complete(backend, [short], look)
+    assert [event.uid for event in failed] == [0, 1]
+    assert all(isinstance(event.error, InsufficientMemory) for event in failed)
+    assert "0.00 GB" in failed[0].error.message and texts[0] == "" and texts[1] and texts[2]
+    assert backend.grant(2 * STEP_BYTES).kv_bytes == 2 * STEP_BYTES
+    complete(backend, [long, grows], look)
+    assert len(failed) == 2
+
+
+def test_a_smaller_grant_throws_nothing_away(tiny_path: Path) -> None:
+    """What runs may end; what it takes is reported until it has."""
+    backend = MLXBackend(tiny_path, EngineSettings(), PLENTY)
+    sequences = [sequence(backend, n, f"{n} a b", 8) for n in range(4)]
+    reports = []
+    complete(backend, sequences, lambda events: reports.append(backend.grant(STEP_BYTES)))
+    assert reports[0].kv_bytes == reports[0].kv_used_bytes == 4 * STEP_BYTES
+    assert reports[-1].kv_bytes == STEP_BYTES
+    assert backend.grant(STEP_BYTES).kv_used_bytes == 0
+
+
+def test_a_smaller_grant_ends_no_answer(tiny_path: Path) -> None:
+    """The oldest sequence may go on to its end; the others make way for it and come back."""
+    backend = MLXBackend(tiny_path, EngineSettings(), 2 * STEP_BYTES)
+    sequences = [sequence(backend, n, f"{n} " + "a b " * 94, 80) for n in range(2)]
+
+    def shrink(events: list[StepEvent]) -> None:
+        backend.grant(STEP_BYTES)
+
+    texts = complete(backend, sequences, shrink)
+    free = MLXBackend(tiny_path, EngineSettings(), PLENTY)
+    assert texts[0] == complete(free, sequences[:1])[0]
 
 
 def test_a_cache_that_cannot_be_batched_runs_one_at_a_time(
@@ -400,7 +490,7 @@ def test_a_cache_that_cannot_be_batched_runs_one_at_a_time(
     ]
     together = complete(tiny, several)
     monkeypatch.setattr("lmx.backends.mlx._has_merge", lambda cache: False)
-    serial = MLXBackend(tiny_path, EngineSettings())
+    serial = MLXBackend(tiny_path, EngineSettings(), PLENTY)
     assert serial.parallel == 1
     serial.add(sequence(serial, 9, "gone", 99))
     serial.step()
@@ -467,9 +557,11 @@ def test_a_metal_error_breaks_the_backend(
 
 def test_the_context_length_is_the_models_or_less(tiny_path: Path) -> None:
     """A configured length shortens the model's own and never lengthens it."""
-    own = MLXBackend(tiny_path, EngineSettings()).context_length
-    assert MLXBackend(tiny_path, EngineSettings(context_length=100)).context_length == 100
-    assert MLXBackend(tiny_path, EngineSettings(context_length=own * 2)).context_length == own
+    own = MLXBackend(tiny_path, EngineSettings(), PLENTY).context_length
+    assert MLXBackend(tiny_path, EngineSettings(context_length=100), PLENTY).context_length == 100
+    assert (
+        MLXBackend(tiny_path, EngineSettings(context_length=own * 2), PLENTY).context_length == own
+    )
 
 
 def change(file: str, edit: Callable[[bytes], bytes]) -> Callable[[Path], None]:
@@ -515,7 +607,7 @@ def test_a_damaged_folder_is_refused(
     """Whatever is missing, truncated or made up: one clear error that names it."""
     damage(tiny_path)
     with pytest.raises(ModelLoadFailed, match=names):
-        MLXBackend(tiny_path, EngineSettings())
+        MLXBackend(tiny_path, EngineSettings(), PLENTY)
 
 
 def test_code_in_a_model_folder_is_not_run(tiny_path: Path) -> None:
@@ -523,7 +615,7 @@ def test_code_in_a_model_folder_is_not_run(tiny_path: Path) -> None:
     canary = tiny_path / "canary"
     (tiny_path / "evil.py").write_text(f"open({str(canary)!r}, 'w')\n")
     config(auto_map={"AutoConfig": "evil.Config", "AutoTokenizer": ["evil.T", None]})(tiny_path)
-    backend = MLXBackend(tiny_path, EngineSettings())
+    backend = MLXBackend(tiny_path, EngineSettings(), PLENTY)
     complete(backend, [sequence(backend, 1, "x", 2)])
     assert not canary.exists()
 
@@ -531,9 +623,9 @@ def test_code_in_a_model_folder_is_not_run(tiny_path: Path) -> None:
 def test_close_gives_the_memory_back(tiny_path: Path) -> None:
     """After close MLX holds no more than before the load."""
     before = mx.get_active_memory()
-    backend = MLXBackend(tiny_path, EngineSettings())
+    backend = MLXBackend(tiny_path, EngineSettings(), PLENTY)
     complete(backend, [sequence(backend, 1, "x", 2)])
-    assert backend.memory() > before
+    assert backend.grant(0).engine_bytes > before
     backend.close()
     del backend
     assert mx.get_active_memory() <= before + 1024
@@ -549,10 +641,10 @@ def test_mlx_lm_renders_where_a_model_has_no_template() -> None:
         apply_chat_template=lambda messages, tokenize, add_generation_prompt: str(messages),
     )
     message = ChatMessage("user", "x")
-    rendered = _template(said)
+    rendered = _template(said, EngineSettings())
     assert rendered and rendered.render([message]) == "[{'role': 'user', 'content': 'x'}]"
     said.chat_template = {"tool_use": "no", "default": "yes"}
-    rendered = _template(said)
+    rendered = _template(said, EngineSettings())
     assert rendered and rendered.render([message]) == "yes"
     said.chat_template, said.has_chat_template = None, False
-    assert _template(said) is None
+    assert _template(said, EngineSettings()) is None

@@ -16,6 +16,7 @@ from lmx.errors import (
     GenerationFailed,
     LMXError,
     ModelLoadFailed,
+    ModelUnloaded,
     QueueFull,
     RunnerDied,
     ServerStopping,
@@ -33,7 +34,7 @@ LONG = EngineSettings(context_length=100_000_000)
 
 def make(tmp_path: Path, name: str = "model", config: Config | None = None) -> Runner:
     config = config or Config(engine=LONG)
-    load = Load(str(tmp_path / name), "mlx", config.engine, str(tmp_path / "turn"))
+    load = Load(str(tmp_path / name), "mlx", config.engine, 0, str(tmp_path / "turn"))
     return Runner(load, config, command=COMMAND)
 
 
@@ -209,7 +210,7 @@ async def test_a_model_that_does_not_load(tmp_path: Path, name: str, message: st
 async def test_a_process_that_is_no_runner_is_ended(tmp_path: Path, said: str) -> None:
     """What it says is not understood, and that is an error of this model only."""
     code = f"import sys, threading; sys.stdout.write({said}); sys.stdout.flush(); sys.stdin.read()"
-    load = Load(str(tmp_path), "mlx", EngineSettings(), str(tmp_path / "turn"))
+    load = Load(str(tmp_path), "mlx", EngineSettings(), 0, str(tmp_path / "turn"))
     runner = Runner(load, Config(load_timeout_seconds=5), command=(sys.executable, "-c", code))
     async with anyio.create_task_group() as tasks:
         with pytest.raises(LMXError, match=r"does not speak as a runner"):
@@ -246,7 +247,7 @@ async def test_stopping_a_runner_ends_its_process(tmp_path: Path) -> None:
             batches = aiter(generation)
             await anext(batches)
             await runner.stop()
-            with pytest.raises(ServerStopping):
+            with pytest.raises(ModelUnloaded):
                 while True:
                     await anext(batches)
         assert runner.exit == "The model's process ended (exit code 0)."

@@ -1,13 +1,21 @@
 from __future__ import annotations
 
+import logging
 import socket
 import subprocess
 import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
+import anyio
 import pytest
+import uvicorn
+from starlette.applications import Starlette
 
-from lmx.__main__ import main
+from lmx.__main__ import OneLine, Server, main
+from lmx.config import Config
+from lmx.inference import InferenceQueue
 
 from . import models
 
@@ -66,6 +74,34 @@ def test_convert(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert (target / "config.json").exists()
     assert main(["convert", str(tmp_path / "none.gguf"), str(tmp_path / "x")]) == 1
     assert "none.gguf" in capfd.readouterr().err
+
+
+def test_log_lines_are_not_broken_by_names() -> None:
+    """A name with line breaks or terminal codes stays in its line; a traceback keeps its own."""
+    record = logging.LogRecord("lmx", 20, "", 0, "no model %s", ("a\n2026 INFO x\x1b[2J",), None)
+    assert OneLine("%(message)s").format(record) == "no model a\\n2026 INFO x\\x1b[2J"
+    record.exc_text = "Traceback:\n  x"
+    assert OneLine("%(message)s").format(record).endswith("\nTraceback:\n  x")
+
+
+def test_an_application_that_ends_takes_the_server_with_it() -> None:
+    """Should a bug end what lives as long as the application, the server stops, and says failed."""
+
+    @asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(bug)
+            yield
+
+    async def bug() -> None:
+        while not server.started:
+            await anyio.lowlevel.checkpoint()
+        raise RuntimeError("a bug")
+
+    config = uvicorn.Config(Starlette(lifespan=lifespan), port=0, lifespan="on", log_config=None)
+    server = Server(config, InferenceQueue(Config()), 0)
+    server.run()
+    assert server.broken
 
 
 def test_help_and_version(capfd: pytest.CaptureFixture[str]) -> None:

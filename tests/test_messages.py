@@ -27,10 +27,12 @@ from lmx.messages import (
     Finished,
     FrameReader,
     Generate,
+    Grant,
     Load,
     Loaded,
     LoadFailed,
     Refused,
+    Report,
     Stop,
     decode_command,
     decode_events,
@@ -53,14 +55,16 @@ PARAMS = SamplingParams(
     stop=("\n\n", "</s>"),
 )
 COMMANDS: list[AnyCommand] = [
-    Load("/models/a b", "mlx", EngineSettings(context_length=4096), "/tmp/turn"),
+    Load("/models/a b", "mlx", EngineSettings(context_length=4096), 1 << 30, "/tmp/turn"),
     Generate(1, [ChatMessage("user", "Grüße 👋\0"), ChatMessage("assistant", "")], PARAMS),
     Generate(2, [], SamplingParams()),
     Cancel(2**40),
+    Grant(2**40),
     Stop(),
 ]
 EVENTS: list[AnyEvent] = [
     Loaded(4096, 16, "mlx-lm 0.32.2"),
+    Report(2**40, 2**33, 0),
     LoadFailed(ERROR),
     Accepted(1, 10, 9),
     Refused(1, ERROR),

@@ -100,7 +100,7 @@ def test_health(client: TestClient) -> None:
     assert response.json() == {
         "status": "ok",
         "version": __version__,
-        "models": [{"id": "parrot", "state": "ready"}],
+        "models": [],
         "queue": {"outstanding": 0, "size": 128},
     }
 
@@ -324,7 +324,7 @@ def scope(server: Server, path: str = "/v1/chat/completions") -> dict[str, Any]:
         "path": path,
         "query_string": b"",
         "headers": [],
-        "state": {"config": server.config, "registry": server.registry, "queue": server.queue},
+        "state": {"registry": server.registry, "queue": server.queue},
     }
 
 
@@ -348,7 +348,7 @@ async def test_a_client_that_leaves(server: Server, stream: bool, steps: tuple[A
 @pytest.mark.anyio
 async def test_a_body_that_does_not_come(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     """A client that stops in the middle of its request gets a 408 and loses the connection."""
-    monkeypatch.setattr("lmx.openai_api.BODY_SECONDS", 0.01)
+    monkeypatch.setattr("lmx.endpoint.BODY_SECONDS", 0.01)
     client = Client()
     await client.receive()
     await server.app(scope(server), client.receive, client.send)

@@ -210,7 +210,7 @@ def test_stopping_fails_what_runs(tmp_path: Path) -> None:
         heard.until(Delta, 1)
         say(Stop())
         [*_, failed] = heard.until(Failed, 1)
-        assert isinstance(failed, Failed) and failed.error.name == "ServerStopping"
+        assert isinstance(failed, Failed) and failed.error.name == "ModelUnloaded"
         thread.join(TIMEOUT)
 
 

@@ -20,7 +20,7 @@ from lmx.schema import (
     ChoiceDelta,
     ChunkChoice,
     CompletionUsage,
-    decode_chat_completion_request,
+    decode,
 )
 
 DEFAULTS = SamplingDefaults(temperature=0.5, top_p=0.6, top_k=7, min_p=0.1)
@@ -34,7 +34,7 @@ def read(**fields: Any) -> tuple[list[ChatMessage], SamplingParams]:
 
 
 def read_bytes(body: bytes) -> tuple[list[ChatMessage], SamplingParams]:
-    request = decode_chat_completion_request(body)
+    request = decode(body, ChatCompletionRequest)
     return request.to_messages(), request.to_sampling(DEFAULTS)
 
 
@@ -45,6 +45,8 @@ def user(content: Any) -> list[Any]:
 BAD = [
     ("model", None, "model"),
     ("model", 1, "model"),
+    ("ttl", 0, "ttl"),
+    ("ttl", "1h", "ttl"),
     ("messages", None, "messages"),
     ("messages", "hi", "messages"),
     ("messages", [], "messages"),

@@ -51,6 +51,16 @@ class SequenceFailed:
 StepEvent = TokenEvent | SequenceFailed
 
 
+@dataclass(frozen=True, slots=True)
+class Memory:
+    engine_bytes: int
+    """The most the engine has held since the last question, KV cache included."""
+    kv_bytes: int
+    """What the KV cache may take."""
+    kv_used_bytes: int
+    """The most it has taken since the last question."""
+
+
 class BackendBroken(Exception):
     """The engine cannot be trusted any more (a Metal error): the process must be replaced."""
 
@@ -114,15 +124,18 @@ class Backend(Protocol):
             BackendBroken: nothing of this backend may be used any more.
         """
 
-    def memory(self) -> int:
-        """Bytes the engine holds now."""
+    def grant(self, kv_bytes: int) -> Memory:
+        """Let the KV cache take so much from now on, or what it takes already if that is more.
+
+        Sequences that do not fit wait; one that does not fit alone fails.
+        """
 
     def close(self) -> None:
         """Free the model."""
 
 
-def load(path: Path, format: str, settings: EngineSettings) -> Backend:
-    """Load the model at `path` on the calling thread.
+def load(path: Path, format: str, settings: EngineSettings, kv_bytes: int) -> Backend:
+    """Load the model at `path` on the calling thread; `kv_bytes` is its first grant.
 
     Raises:
         ModelLoadFailed: which file, and why.
@@ -130,7 +143,7 @@ def load(path: Path, format: str, settings: EngineSettings) -> Backend:
     if format == "gguf":
         from .gguf import GGUFBackend
 
-        return GGUFBackend(path, settings)
+        return GGUFBackend(path, settings, kv_bytes)
     from .mlx import MLXBackend
 
-    return MLXBackend(path, settings)
+    return MLXBackend(path, settings, kv_bytes)

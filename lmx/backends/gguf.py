@@ -24,13 +24,14 @@ from typing import Any, Final, Literal
 import llama_cpp
 import psutil
 
-from ..chat_template import ChatTemplate
+from ..chat_template import ChatTemplate, own_template
 from ..config import EngineSettings
 from ..errors import GenerationFailed, ModelLoadFailed
 from ..generation import SamplingParams
 from ..gguf_header import read_header
 from . import (
     BackendBroken,
+    Memory,
     PrefillRate,
     Sequence,
     SequenceFailed,
@@ -97,7 +98,7 @@ class _Row:
 
 
 class GGUFBackend:
-    def __init__(self, path: Path, settings: EngineSettings) -> None:
+    def __init__(self, path: Path, settings: EngineSettings, kv_bytes: int) -> None:
         header = read_header(path, arrays=False)  # llama.cpp may abort on a malformed file
         llama_cpp.llama_log_set(_log_callback, None)
         llama_cpp.llama_backend_init()
@@ -108,16 +109,19 @@ class GGUFBackend:
         )
         if not self._model:
             raise ModelLoadFailed(f"{path}: {_errors()}")
+        self._kv_bytes = kv_bytes
         self.parallel = settings.parallel
         self.engine = f"llama.cpp (llama-cpp-python {llama_cpp.__version__})"
         try:
             self._make_context(settings)
-            self._read_vocabulary(header.metadata.get("tokenizer.chat_template"))
+            self._read_vocabulary(
+                own_template(settings) or header.metadata.get("tokenizer.chat_template")
+            )
         except ModelLoadFailed as error:
             self._free_native()
             raise ModelLoadFailed(f"{path}: {error.message}") from None
         sizes = (re.search(r"buffer size =\s*([\d.]+) MiB", text) for _, text in _log)
-        self._memory: int = max(
+        self._engine_bytes: int = max(
             int(sum(float(size[1]) for size in sizes if size) * 2**20),
             llama_cpp.llama_model_size(self._model),
         )
@@ -232,8 +236,9 @@ class GGUFBackend:
         self._prefill_slice(events, decoding)
         return events
 
-    def memory(self) -> int:
-        return self._memory
+    def grant(self, kv_bytes: int) -> Memory:
+        # llama.cpp has taken all it will ever take when it made the context.
+        return Memory(self._engine_bytes, self._kv_bytes, self._kv_bytes)
 
     def close(self) -> None:
         for row in [*self._running, *self._waiting]:

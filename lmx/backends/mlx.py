@@ -11,8 +11,8 @@ import gc
 import json
 import re
 import sys
-from collections import Counter, deque
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,14 +26,16 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import load_model, load_tokenizer
 from tokenizers import Tokenizer
 
-from ..chat_template import ChatTemplate
+from ..chat_template import ChatTemplate, own_template
 from ..config import EngineSettings
-from ..errors import GenerationFailed, ModelLoadFailed
+from ..errors import GenerationFailed, InsufficientMemory, ModelLoadFailed
 from ..generation import ChatMessage, SamplingParams
-from ..mlx_folder import check_folder
+from ..kv_cache import mlx_kv_cache
+from ..mlx_folder import read_folder
 from . import (
     SLICE_TOKENS,
     BackendBroken,
+    Memory,
     PrefillRate,
     Sequence,
     SequenceFailed,
@@ -41,12 +43,17 @@ from . import (
     Template,
     TokenEvent,
 )
+from .mlx_sampling import Adjustments, Sampler, adjusts
 
 FALLBACK_CONTEXT_LENGTH: Final = 8192
 """For a config.json that names no length."""
 
 PREFILL_ROWS: Final = 8
 """Short prompts prefilled together."""
+
+GROWTH_TOKENS: Final = 64
+"""What a sequence must find free beyond its tokens to join others: with less it would soon have to
+leave again, and every return costs a prefill."""
 
 # mlx-lm wires the recommended working set whenever a generator is made, with no way to opt out, and
 # wiring is the best-supported trigger of macOS kernel panics (ml-explore/mlx#3186). The package
@@ -62,19 +69,27 @@ class _Row:
     """A sequence with what it needs to be put back after the batch was lost."""
 
     sequence: Sequence
-    sampler: _Sampler
+    sampler: Sampler
     text: codecs.IncrementalDecoder = field(
         default_factory=lambda: codecs.getincrementaldecoder("utf-8")("replace")
     )
     answer: list[int] = field(default_factory=list)
 
+    @property
+    def tokens(self) -> int:
+        return len(self.sequence.prompt) + len(self.answer)
+
 
 class MLXBackend:
-    def __init__(self, path: Path, settings: EngineSettings) -> None:
+    def __init__(self, path: Path, settings: EngineSettings, kv_bytes: int) -> None:
         mx.set_cache_limit(settings.mlx_cache_bytes)
         if settings.wired_bytes:
             mx.set_wired_limit(settings.wired_bytes)
-        check_folder(path)
+        folder = read_folder(path)
+        self._kv_cache = mlx_kv_cache(folder.config, folder.element_bytes)
+        self._kv_bytes = kv_bytes
+        self._kv_peak = 0
+        """The most the KV cache has taken since the last report."""
         try:
             self._model, config = load_model(path)
             tokenizer = load_tokenizer(
@@ -89,20 +104,22 @@ class MLXBackend:
         self._tokenizer = backend_tokenizer
         self._token_bytes = token_bytes(self._tokenizer)
         self.longest_token = max(map(len, self._token_bytes.values()), default=1)
-        self.chat_template = _template(tokenizer)
+        self.chat_template = _template(tokenizer, settings)
         self.vocabulary_size = self._tokenizer.get_vocab_size()
-        own = _context_length(config)
+        own = folder.context_length or FALLBACK_CONTEXT_LENGTH
         self.context_length = min(own, settings.context_length or own)
         self._batchable = all(map(_has_merge, make_prompt_cache(self._model)))
         self.parallel = settings.parallel if self._batchable else 1
         self.engine = f"mlx-lm {mlx_lm.__version__}"
         self._stop_tokens = [[token] for token in sorted(tokenizer.eos_token_ids)]
         self._rate = PrefillRate(settings.prefill_slice_seconds)
-        self._samplers: dict[tuple[float, int, float, float], _Sampler] = {}
+        self._samplers: dict[tuple[float, int, float, float], Sampler] = {}
         self._waiting: deque[_Row] = deque()
         self._rows: dict[int, _Row] = {}
         """Rows inside the generator, by its uid."""
         self._prefilling: set[int] = set()
+        self._failed: list[StepEvent] = []
+        """To be told by the next step."""
         self._generator = self._new_generator()
 
     def _new_generator(self) -> BatchGenerator | _OneAtATime:
@@ -124,15 +141,15 @@ class MLXBackend:
     def add(self, sequence: Sequence) -> None:
         self._waiting.append(_Row(sequence, self._sampler(sequence.params)))
 
-    def _sampler(self, params: SamplingParams) -> _Sampler:
+    def _sampler(self, params: SamplingParams) -> Sampler:
         """The sampler for these parameters. Rows that share the object are sampled in one call."""
         if params.temperature == 0:
             key = (0.0, 0, 1.0, 0.0)
         else:
             key = (params.temperature, params.top_k, params.top_p, params.min_p)
             if params.seed is not None:
-                return _Sampler(*key, seed=params.seed)
-        return self._samplers.setdefault(key, _Sampler(*key))
+                return Sampler(*key, seed=params.seed)
+        return self._samplers.setdefault(key, Sampler(*key))
 
     def remove(self, uid: int) -> None:
         for row in self._waiting:
@@ -152,9 +169,13 @@ class MLXBackend:
             self._samplers.clear()
 
     def step(self) -> list[StepEvent]:
+        self._give_way()
         self._admit()
-        if not self._rows:
-            return []
+        self._kv_peak = max(self._kv_peak, self._kv_size(self._rows.values()))
+        failed, self._failed = self._failed, []
+        return failed + (self._generate() if self._rows else [])
+
+    def _generate(self) -> list[StepEvent]:
         try:
             if self._prefilling:
                 with self._generator.stats() as stats:
@@ -182,18 +203,50 @@ class MLXBackend:
             return
         longest = 0
         while self._waiting and len(self._rows) < self.parallel:
-            longest = max(longest, len(self._waiting[0].sequence.prompt))
+            row = self._waiting[0]
+            if self._kv_size([*self._rows.values(), row], GROWTH_TOKENS) > self._kv_bytes:
+                if self._rows:
+                    break
+                if self._kv_size([row]) > self._kv_bytes:
+                    self._waiting.popleft()
+                    self._fail_for_memory(row)
+                    continue
+            longest = max(longest, row.tokens)
             together = len(self._prefilling) + 1
             if together > 1 and (together > PREFILL_ROWS or together * longest > slice_tokens):
                 break
             self._insert(self._waiting.popleft())
 
+    def _kv_size(self, rows: Collection[_Row], growth: int = 1) -> int:
+        """What their KV cache takes with `growth` more tokens each: padded to the longest."""
+        longest = max((row.tokens for row in rows), default=0)
+        return len(rows) * self._kv_cache.bytes(min(longest + growth, self.context_length))
+
+    def _give_way(self) -> None:
+        """Before the KV cache outgrows its grant, the youngest goes back to the queue."""
+        while self._rows and self._kv_size(self._rows.values()) > self._kv_bytes:
+            inner, row = list(self._rows.items())[-1]
+            self._generator.remove([inner])
+            self._forget(inner)
+            if self._rows:
+                self._waiting.appendleft(row)
+            else:
+                self._fail_for_memory(row)
+
+    def _fail_for_memory(self, row: _Row) -> None:
+        needed, granted = (n / 2**30 for n in (self._kv_size([row]), self._kv_bytes))
+        error = InsufficientMemory(
+            f"The KV cache of {row.tokens + 1} tokens takes {needed:.2f} GB, and the memory limit "
+            f"leaves this model {granted:.2f} GB for it."
+        )
+        self._failed.append(SequenceFailed(row.sequence.uid, error))
+
     def _insert(self, row: _Row) -> None:
         sequence = row.sequence
         row.sampler.drawn = len(row.answer)
         processors = (
-            [_Adjustments(sequence.params, sequence.prompt, row.answer)]
-            if _adjusts(sequence.params)
+            [Adjustments(sequence.params, sequence.prompt, row.answer)]
+            if adjusts(sequence.params)
             else []
         )
         [inner] = self._generator.insert(
@@ -235,9 +288,19 @@ class MLXBackend:
         reason = GenerationFailed(f"The engine failed: {error}")
         return [SequenceFailed(uid, reason) for uid in failed]
 
-    def memory(self) -> int:
-        active: int = mx.get_active_memory()
-        return active + int(mx.get_cache_memory())
+    def grant(self, kv_bytes: int) -> Memory:
+        kept = self._kv_size(self._rows.values(), growth=0)
+        if self._rows:
+            # Nobody makes way for the oldest: with less it could only fail in mid-answer.
+            oldest = next(iter(self._rows.values())).sequence
+            end = self._kv_cache.bytes(len(oldest.prompt) + oldest.max_tokens)
+            kept = max(kept, min(self._kv_bytes, end))
+        self._kv_bytes = max(kv_bytes, kept)
+        used, self._kv_peak = self._kv_peak, 0
+        held: int = mx.get_active_memory() + mx.get_cache_memory()
+        held = max(held, mx.get_peak_memory())
+        mx.reset_peak_memory()
+        return Memory(held, self._kv_bytes, used)
 
     def close(self) -> None:
         self._generator.close()
@@ -298,115 +361,6 @@ class _OneAtATime:
         self.remove([])
 
 
-class _Sampler:
-    """Draws one token id a row: top_k, then top_p, then min_p, then temperature.
-
-    Unseeded rows with equal parameters share one object, which makes them one batched call. A
-    seeded row has its own, with a key derived from seed and position alone, so that neither its
-    neighbours nor a rebuilt batch change its draws.
-    """
-
-    def __init__(
-        self, temperature: float, top_k: int, top_p: float, min_p: float, seed: int | None = None
-    ) -> None:
-        self._temperature = temperature
-        self._top_k = top_k
-        self._top_p = top_p
-        self._min_p = min_p
-        self._seed = seed
-        self.drawn = 0
-
-    def __call__(self, logprobs: mx.array) -> mx.array:
-        """Log-probabilities [rows, vocabulary] to token ids [rows]."""
-        if self._temperature == 0:
-            return mx.argmax(logprobs, axis=-1)
-        ids = None
-        if self._top_k or self._top_p < 1:
-            ids = self._likeliest(logprobs)
-            logprobs = mx.take_along_axis(logprobs, ids, axis=-1)
-            probabilities = mx.softmax(logprobs.astype(mx.float32), axis=-1)
-            before = mx.cumsum(probabilities, axis=-1) - probabilities
-            logprobs = mx.where(before < self._top_p, logprobs, -mx.inf)
-        if self._min_p > 0:
-            likeliest = mx.max(logprobs, axis=-1, keepdims=True)
-            floor = likeliest + mx.log(mx.array(self._min_p))
-            logprobs = mx.where(logprobs < floor, -mx.inf, logprobs)
-        drawn = mx.random.categorical(
-            logprobs.astype(mx.float32) * (1 / self._temperature), key=self._key()
-        )
-        if ids is None:
-            return drawn
-        return mx.take_along_axis(ids, drawn[:, None], axis=-1)[:, 0]
-
-    def _likeliest(self, logprobs: mx.array) -> mx.array:
-        """Ids of the top_k tokens, likeliest first; of all of them where top_k is off.
-
-        Sorted, because a seeded draw picks by position: unsorted, the last bit of a logit could
-        move every candidate.
-        """
-        vocabulary = logprobs.shape[-1]
-        if not 0 < self._top_k < vocabulary:
-            return mx.argsort(-logprobs, axis=-1)
-        ids = mx.argpartition(-logprobs, kth=self._top_k - 1, axis=-1)[..., : self._top_k]
-        order = mx.argsort(-mx.take_along_axis(logprobs, ids, axis=-1), axis=-1)
-        return mx.take_along_axis(ids, order, axis=-1)
-
-    def _key(self) -> mx.array | None:
-        if self._seed is None:
-            return None
-        self.drawn += 1
-        # The golden-ratio step of splitmix64 keeps neighbouring seeds and positions apart.
-        key: mx.array = mx.random.key((self._seed + self.drawn * 0x9E3779B97F4A7C15) % 2**64)
-        return key
-
-
-def _adjusts(params: SamplingParams) -> bool:
-    return bool(
-        params.logit_bias
-        or params.repetition_penalty != 1
-        or params.presence_penalty
-        or params.frequency_penalty
-    )
-
-
-class _Adjustments:
-    """Logit bias and penalties of one row, kept up to date on the device: no sync, no history."""
-
-    def __init__(self, params: SamplingParams, prompt: list[int], answer: list[int]) -> None:
-        self._params = params
-        self._prompt = prompt
-        self._answer = answer[:]
-        self._state: tuple[mx.array, mx.array, mx.array] | None = None
-        """[vocabulary] each: bias, whether in the prompt, how often in the answer."""
-
-    def __call__(self, history: mx.array, logits: mx.array) -> mx.array:
-        """`history` [tokens] ends with this step's input, `logits` [1, vocabulary] follow it."""
-        params = self._params
-        if self._state is None:
-            bias, in_prompt, counts = self._start(logits.shape[-1])
-        else:
-            bias, in_prompt, counts = self._state
-            counts = counts.at[history[-1:]].add(1)
-        self._state = bias, in_prompt, counts
-        logits = logits.astype(mx.float32) + bias
-        if params.repetition_penalty != 1:
-            penalty = params.repetition_penalty
-            penalized = mx.where(logits > 0, logits / penalty, logits * penalty)
-            logits = mx.where(mx.logical_or(in_prompt, counts > 0), penalized, logits)
-        return logits - params.frequency_penalty * counts - params.presence_penalty * (counts > 0)
-
-    def _start(self, vocabulary: int) -> tuple[mx.array, mx.array, mx.array]:
-        def total(values: dict[int, float]) -> mx.array:
-            tokens = mx.array(list(values), dtype=mx.int32)
-            return mx.zeros(vocabulary).at[tokens].add(mx.array(list(values.values())))
-
-        return (
-            total(self._params.logit_bias),
-            total(dict.fromkeys(self._prompt, 1.0)) > 0,
-            total(dict(Counter(self._answer))),
-        )
-
-
 class _PythonTemplate:
     """mlx-lm's own code, where a model comes without a template (DeepSeek V3.2)."""
 
@@ -421,8 +375,8 @@ class _PythonTemplate:
         return text
 
 
-def _template(tokenizer: Any) -> Template | None:
-    source = tokenizer.chat_template
+def _template(tokenizer: Any, settings: EngineSettings) -> Template | None:
+    source = own_template(settings) or tokenizer.chat_template
     if isinstance(source, dict):  # several, by name
         source = source.get("default")
     if source is not None:
@@ -463,12 +417,3 @@ def token_bytes(tokenizer: Tokenizer) -> dict[int, bytes]:
 
 def _has_merge(cache: Any) -> bool:
     return hasattr(cache, "merge") and all(map(_has_merge, getattr(cache, "caches", ())))
-
-
-def _context_length(config: dict[str, Any]) -> int:
-    nested = config.get("text_config")
-    for source in (config, nested if isinstance(nested, dict) else {}):
-        for name in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"):
-            if isinstance(source.get(name), int):
-                return int(source[name])
-    return FALLBACK_CONTEXT_LENGTH
