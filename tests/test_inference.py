@@ -217,6 +217,34 @@ async def test_a_process_that_is_no_runner_is_ended(tmp_path: Path, said: str) -
             await tasks.start(runner.run)
 
 
+async def test_grants_and_reports(tmp_path: Path) -> None:
+    """A larger grant counts at once, a smaller one when the runner has agreed."""
+    async with started(tmp_path) as runner:
+        answered = runner.grant(1000)
+        assert (runner.granting, runner.report.kv_bytes) == (True, 1000)
+        await answered.wait()
+        answered = runner.grant(10)
+        assert runner.report.kv_bytes == 1000
+        await answered.wait()
+        assert (runner.granting, runner.report.kv_bytes) == (False, 10)
+
+
+async def test_a_report_that_comes_too_late(tmp_path: Path) -> None:
+    """One whose grant the watchdog has given up meanwhile is taken as it is."""
+    code = (
+        "import sys\nfrom lmx.messages import *\n"
+        "sys.stdout.buffer.write(encode_events([Loaded(64, 1, 'x'), Report(1, 2, 3)]))\n"
+        "sys.stdout.flush()\nsys.stdin.read(1)"
+    )
+    load = Load(str(tmp_path), "mlx", EngineSettings(), 0, str(tmp_path / "turn"))
+    runner = Runner(load, Config(), command=(sys.executable, "-c", code))
+    with anyio.fail_after(60):
+        async with anyio.create_task_group() as tasks:
+            await tasks.start(runner.run)
+            await runner.ended.wait()
+    assert runner.report.kv_used_bytes == 3
+
+
 async def test_a_load_that_takes_too_long_is_ended(tmp_path: Path) -> None:
     """The load timeout ends the process and says so."""
     runner = make(tmp_path, "hangs", Config(load_timeout_seconds=0.2))
