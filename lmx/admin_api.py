@@ -210,8 +210,8 @@ async def list_models(request: Request[State]) -> AdminModels:
     registry = request.state["registry"]
     found = await registry.models()
     # What is in memory is listed though its files may be gone.
-    found += [s.model for s in registry.slots.values() if s.runner and s.model not in found]
-    models = [_model(registry, model) for model in found]
+    gone = [s.model for s in registry.slots.values() if s.runner and s.model not in found]
+    models = [_model(registry, model) for model in [*found, *gone]]
     jobs = [job for job in request.state["downloads"].jobs if not job.ended.is_set()]
     return AdminModels(models=models + [_downloading(registry, job.status()) for job in jobs])
 

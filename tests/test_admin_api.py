@@ -85,6 +85,18 @@ def test_models(admin: TestClient, world: World) -> None:
     assert [m["id"] for m in admin.get("/v1/models").json()["data"]] == ["a", "b"]
 
 
+def test_a_model_whose_files_are_gone(admin: TestClient, world: World) -> None:
+    """As long as it is in memory it is listed, once, and can be unloaded; not offered, though."""
+    admin.post("/admin/model/load", json={"model": "a"})
+    del world.models["a"]
+    for _ in range(3):
+        models = admin.get("/admin/models").json()["models"]
+        assert [(m["id"], m["state"]) for m in models] == [("b", "available"), ("a", "ready")]
+    assert [m["id"] for m in admin.get("/v1/models").json()["data"]] == ["b"]
+    assert admin.post("/admin/model/unload", json={"model": "a"}).json()["state"] == "available"
+    assert admin.get("/admin/models/a").status_code == 404
+
+
 def test_status(admin: TestClient) -> None:
     """Memory by model, the limit and what makes it, the queue, rates."""
     before = admin.get("/admin/status").json()
