@@ -309,7 +309,8 @@ class Registry:
             raise ModelLoadFailed(model.error)
         if model.convert_from is not None and not model.path.exists():
             await convert(model.convert_from, model.path)
-            model = next(found for found in await self.models() if found.id == model.id)
+            await self.models()
+            model = slot.model  # which now has its facts
         given_up = threading.Event()
         check = partial(inventory.check_unchanged, model.folder, model.owns, given_up)
         try:
