@@ -49,8 +49,8 @@ class Guard:
         self.working_set: int | None = None
         self._models = models
         self._admission = anyio.Lock()
-        self._spoken_for = 0
-        """Of what is free, what the load counts on that waits for others to leave."""
+        self._wanted = 0
+        """What the load needs that waits for others to leave."""
 
     async def start(self) -> None:
         self.working_set = await anyio.to_thread.run_sync(self.meter.metal_working_set)
@@ -100,14 +100,12 @@ class Guard:
         Raises:
             InsufficientMemory: it never fits, or what is in use did not become idle in time.
         """
-        if (
-            self._admission.locked()
-            and need.total <= self.room(grants=True).free - self._spoken_for
-        ):
-            slot.estimate = need  # it takes nothing from the one that waits
+        if self._admission.locked() and need.total <= self._left_over():
+            slot.estimate = need  # it takes nothing from the load that waits
             return
         async with self._admission:
             leaving: set[Slot] = set()
+            self._wanted = need.total
             try:
                 with anyio.move_on_after(self._models.config.memory.wait_seconds):
                     while (room := self.room(grants=True)).free < need.total:
@@ -122,7 +120,7 @@ class Guard:
                     slot.estimate = need  # from here on it is taken
                     return
             finally:
-                self._spoken_for = 0
+                self._wanted = 0
                 if slot.estimate is None:
                     for other in leaving:
                         self._models.keep(other)
@@ -141,35 +139,37 @@ class Guard:
             ]:
                 await answered.wait()
 
+    def _taken(self, slot: Slot) -> int:
+        return slot.claim(self.meter, grants=True).bytes
+
+    def _left_over(self) -> int:
+        """What is free and not needed by the load that waits, with what comes when others leave."""
+        coming = sum(self._taken(slot) for slot in self._slots if slot.leaving)
+        return self.room(grants=True).free - max(0, self._wanted - coming)
+
     def _ask_others_to_leave(self, slot: Slot, need: Estimate, room: Room) -> set[Slot]:
         """Those asked now."""
-
-        def taken(other: Slot) -> int:
-            return other.claim(self.meter, grants=True).bytes
-
         others = [other for other in self._unpinned if other is not slot]
         missing = need.total - room.free
-        coming = sum(taken(other) for other in others if other.leaving)
-        self._spoken_for = max(0, need.total - coming)
+        coming = sum(self._taken(other) for other in others if other.leaving)
         if any(slot.state == "unloading" for slot in self._slots):
             return set()  # what it had counts as somebody else's until the system has it back
         # What the KV caches of pinned models take beyond the estimate ends with their requests.
         pinned = [s for s in self._slots if s.estimate and s not in others and s is not slot]
-        grown = sum(taken(s) - s.estimate.total for s in pinned if s.estimate)
-        if sum(map(taken, others)) + grown < missing:
+        grown = sum(self._taken(s) - s.estimate.total for s in pinned if s.estimate)
+        if sum(map(self._taken, others)) + grown < missing:
             raise NeverFits(
                 f"{memory.refusal(slot.model.id, need, room)} Unloading everything that is not "
                 "pinned would not be enough."
             )
         missing -= coming
-        leaving = memory.victims(missing, self._idle(), taken)
-        missing -= sum(map(taken, leaving))
+        leaving = memory.victims(missing, self._idle(), self._taken)
+        missing -= sum(map(self._taken, leaving))
         # Somebody has always work for a busy model: it must stop taking more, or others starve.
         busy = [s for s in others if s.ready and s.leases and not s.waiting]
-        leaving += memory.victims(missing, sorted(busy, key=lambda s: s.last_used), taken)
+        leaving += memory.victims(missing, sorted(busy, key=lambda s: s.last_used), self._taken)
         for other in leaving:
             self._models.begin_unload(other, f"{slot.model.id} needs memory")
-        self._spoken_for = max(0, self._spoken_for - sum(map(taken, leaving)))
         return set(leaving)
 
     async def watch(self) -> None:
