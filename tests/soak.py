@@ -69,7 +69,9 @@ def memory(server: Serving) -> tuple[int, int, int]:
     """Of the server's children, of itself; and how many runners there are."""
     process = psutil.Process(server.process.pid)
     taken = runners = 0
-    for child in process.children(recursive=True):
+    # Not their children: MLX's CPU build starts a compiler now and then, and between fork and exec
+    # the new process shares, and is shown with, all memory of the runner.
+    for child in process.children():
         with suppress(psutil.NoSuchProcess):
             taken += child.memory_info().rss
             runners += "lmx.runner" in child.cmdline()  # others look libraries up
