@@ -340,7 +340,9 @@ async def status(request: Request[State]) -> Status:
 
 async def show_config(request: Request[State]) -> Annotated[dict[str, Any], Config]:
     """The configuration in effect; the admin key is not shown."""
-    return _visible(request.state["registry"].config)
+    config = request.state["registry"].config
+    values: dict[str, Any] = msgspec.to_builtins(config)
+    return values | {"admin_key": config.admin_key and "***"}
 
 
 async def reload_config(request: Request[State]) -> Reloaded:
@@ -350,22 +352,14 @@ async def reload_config(request: Request[State]) -> Reloaded:
         new = await anyio.to_thread.run_sync(request.state["read_config"])
     except ConfigError as error:
         raise InvalidRequest(f"Nothing is changed: {error}") from error
-    differing = [name for name in structs.asdict(new) if _differs(registry.config, new, name)]
+    old = structs.asdict(registry.config)
+    differing = [name for name, value in structs.asdict(new).items() if value != old[name]]
     waiting = [name for name in differing if name in NEED_RESTART]
-    registry.config = structs.replace(new, **{n: getattr(registry.config, n) for n in waiting})
+    registry.config = structs.replace(new, **{name: old[name] for name in waiting})
     request.state["queue"].size = new.queue_size
     logging.getLogger().setLevel(new.log_level.upper())
     registry.rescan()
     return Reloaded(changed=[n for n in differing if n not in waiting], need_restart=waiting)
-
-
-def _differs(old: Config, new: Config, name: str) -> bool:
-    return bool(getattr(old, name) != getattr(new, name))
-
-
-def _visible(config: Config) -> dict[str, Any]:
-    values: dict[str, Any] = msgspec.to_builtins(config)
-    return values | {"admin_key": config.admin_key and "***"}
 
 
 def _model(registry: Registry, model: Model) -> AdminModel:

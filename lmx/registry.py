@@ -70,7 +70,7 @@ class Registry:
         find_models: FindModels,
     ) -> None:
         self.config = config
-        """May be replaced while running; the folders and the state file are read at start only."""
+        """May be replaced while running; where the state file lies is read at start only."""
         self.slots: dict[str, Slot] = {}
         """By path: ids change when other models come and go."""
         self._queue = queue
@@ -224,7 +224,7 @@ class Registry:
             while (runner := slot.ready) is None:
                 if self._queue.stopping:
                     raise ServerStopping("The server is stopping.")
-                if slot.state in ("ready", "draining", "unloading"):  # on its way out
+                if slot.state == "ready" or slot.leaving:  # on its way out
                     await self.change()
                     continue
                 attempt = slot.attempt or self._start_load(slot, explicit)

@@ -133,9 +133,12 @@ class Slot:
 
     def measure(self, meter: Meter) -> int:
         """Bytes it takes now."""
+        return self._measure(self.process(meter))
+
+    def _measure(self, process: Process) -> int:
         if self.runner is None:
             return 0
-        taken = max(self.process(meter).resident, self.runner.report.engine_bytes)
+        taken = max(process.resident, self.runner.report.engine_bytes)
         self.peak_bytes = max(self.peak_bytes, taken)
         self.peak_kv_bytes = max(self.peak_kv_bytes, self.runner.report.kv_used_bytes)
         return taken
@@ -147,7 +150,8 @@ class Slot:
             promised = self.estimate.total
             if self.runner is not None and grants:
                 promised += max(0, self.runner.report.kv_bytes - self.estimate.kv)
-        return Claim(self.process(meter).private, max(promised, self.measure(meter)))
+        process = self.process(meter)
+        return Claim(process.private, max(promised, self._measure(process)))
 
     def count(self) -> None:
         """Called every second, for `rate`."""
