@@ -12,6 +12,10 @@ from msgspec import Meta
 from .errors import ConfigError
 
 HOME: Final = Path("~/.opta-lmx")
+KV_TOKENS: Final = 32768
+"""The longest context whose KV cache is reserved at load where the configuration names none. MLX
+gets more when a request needs it and memory is free; llama.cpp allocates it all at load."""
+
 LogLevel = Literal["debug", "info", "warning", "error"]
 
 

@@ -18,7 +18,7 @@ import anyio
 import psutil
 
 from .catalog import Model
-from .config import EngineSettings, MemoryLimits
+from .config import KV_TOKENS, EngineSettings, MemoryLimits
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -26,10 +26,6 @@ T = TypeVar("T")
 WARNING: Final = 2
 CRITICAL: Final = 4
 """macOS's `kern.memorystatus_vm_pressure_level`; 1 is normal."""
-
-KV_TOKENS: Final = 32768
-"""The longest context whose KV cache is reserved at load where the configuration names none. MLX
-gets more when a request needs it and memory is free; llama.cpp allocates it all at load."""
 
 POLL_SECONDS: Final = 0.05
 RETURN_SECONDS: Final = 2.0

@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lmx.catalog import Model
-from lmx.config import EngineSettings, MemoryLimits
+from lmx.config import KV_TOKENS, EngineSettings, MemoryLimits
 from lmx.kv_cache import KVCacheSize
-from lmx.memory import KV_TOKENS, Claim, Meter, System, estimate, returned, room, size, victims
+from lmx.memory import Claim, Meter, System, estimate, returned, room, size, victims
 
 GB = 2**30
 

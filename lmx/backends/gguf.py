@@ -25,7 +25,7 @@ import llama_cpp
 import psutil
 
 from ..chat_template import ChatTemplate, own_template
-from ..config import EngineSettings
+from ..config import KV_TOKENS, EngineSettings
 from ..errors import GenerationFailed, ModelLoadFailed
 from ..generation import SamplingParams
 from ..gguf_header import read_header
@@ -38,9 +38,6 @@ from . import (
     StepEvent,
     TokenEvent,
 )
-
-MAX_DEFAULT_CONTEXT: Final = 32768
-"""llama.cpp reserves the KV cache of the whole context at load."""
 
 GROWTH_CELLS: Final = 64
 """Cells beyond its tokens that a sequence must find free to start: with fewer it would soon be
@@ -147,7 +144,7 @@ class GGUFBackend:
         ):
             raise ModelLoadFailed("not a decoder-only model, and no other kind is supported")
         trained: int = llama_cpp.llama_model_n_ctx_train(self._model)
-        self.context_length = min(settings.context_length or MAX_DEFAULT_CONTEXT, trained)
+        self.context_length = min(settings.context_length or KV_TOKENS, trained)
         params = llama_cpp.llama_context_default_params()
         params.n_ctx = self.context_length
         # Parked sequences need ids, which are for nothing only where memory is by the cell.
