@@ -50,6 +50,8 @@ ROUTES: Final = (
     _get("/v1/models/", openai_api.list_models),
     _get("/v1/models/{id:path}", openai_api.retrieve_model),
     _post("/v1/chat/completions", openai_api.chat_completions),
+    _post("/v1/completions", openai_api.completions),
+    _post("/v1/embeddings", openai_api.embeddings),
     _get("/health", openai_api.health),
     _get("/openapi.json", document),
     Mount(

@@ -18,11 +18,12 @@ from typing import Any, Final
 
 from . import __version__, inventory
 from .config import Config
+from .embedders import ENCODERS, check_gguf, gguf_embeds, mlx_embeds, mlx_pooling
 from .errors import ModelLoadFailed
 from .gguf_header import read_header
-from .kv_cache import KVCacheSize, gguf_kv_cache, mlx_kv_cache
+from .kv_cache import KVCacheSize, gguf_encoder_buffers, gguf_kv_cache, mlx_kv_cache
 from .mlx_folder import read_folder, read_json
-from .model_roots import Indexed, Root, entries, lm_studio_index, repositories, roots
+from .model_roots import Root, entries, lm_studio_index, repositories, roots
 
 _QUANTIZATION: Final = re.compile(
     r"[-.](\d+bit|I?Q\d\w*|T?Q\d_\w+|B?F16|F32|FP16|FP32|MXFP4|NVFP4)$", re.IGNORECASE
@@ -34,12 +35,6 @@ REMAPPED: Final = frozenset(
     "mistral llava phi-msft falcon_mamba joyai_llm_flash kimi_k2 qwen2_5_vl minimax_m2 iquestcoder"
     " xverse gemma4_unified deepseek_v41_text".split()
 )
-# Encoders, by mlx-lm's kind of name and llama.cpp's.
-_EMBEDDING: Final = frozenset(
-    "bert nomic_bert nomic-bert nomic-bert-moe roberta xlm-roberta modernbert modern-bert eurobert"
-    " neobert neo-bert jina-bert-v2 jina-bert-v3 distilbert mpnet gemma-embedding".split()
-)
-_NOT_SERVED: Final = "embedding models are not served yet"
 
 Stamp = tuple[tuple[str, int, int], ...]
 """Name, size and mtime_ns of the files that a model is made of."""
@@ -240,13 +235,17 @@ def _with_error(model: Model, error: ModelLoadFailed) -> Model:
 
 def _mlx_facts(model: Model, root: Path) -> Model:
     folder = read_folder(model.path, root)
+    model = _typed(model, folder.config)
+    embeds = model.kind == "embedding"
+    if embeds:
+        mlx_pooling(model.path, folder.config)
     return replace(
-        _typed(model, folder.config),
+        model,
         quantization=model.quantization or folder.quantization,
         size_bytes=folder.weight_bytes,
         parameters=folder.parameters,
         context_length=folder.context_length,
-        kv_cache=mlx_kv_cache(folder.config, folder.element_bytes),
+        kv_cache=None if embeds else mlx_kv_cache(folder.config, folder.element_bytes),
     )
 
 
@@ -257,28 +256,27 @@ def _gguf_facts(model: Model, parts: tuple[Path, ...]) -> Model:
         metadata = read_header(parts[0]).metadata  # an array with a value for each layer
     architecture = headers[0].get("general.architecture", str)
     context = metadata.get(f"{architecture}.context_length")
-    embedding = architecture in _EMBEDDING or f"{architecture}.pooling_type" in metadata
+    check_gguf(model.path, metadata)
+    kept = gguf_encoder_buffers if architecture in ENCODERS else gguf_kv_cache
     return replace(
         model,
         architecture=architecture,
-        kind="embedding" if embedding else "chat",
+        kind="embedding" if gguf_embeds(model.path, metadata) else "chat",
         size_bytes=sum(part.stat().st_size for part in parts),
         parameters=sum(math.prod(t.shape) for h in headers for t in h.tensors.values()),
         context_length=context if isinstance(context, int) else None,
-        kv_cache=gguf_kv_cache(metadata),
-        error=_NOT_SERVED if embedding else None,
+        kv_cache=kept(metadata),
     )
 
 
 def _typed(model: Model, config: Any) -> Model:
     """With what model_type tells."""
     name = config.get("model_type") if isinstance(config, dict) else None
-    if not isinstance(name, str) or name not in _known_types() | _EMBEDDING:
+    if not isinstance(name, str) or name not in _known_types() | ENCODERS:
         error = f"mlx-lm knows no model_type {name!r:.100}"
         return replace(model, error=model.error or error)
-    if name in _EMBEDDING:
-        return replace(model, architecture=name, kind="embedding", error=model.error or _NOT_SERVED)
-    return replace(model, architecture=name)
+    kind = "embedding" if mlx_embeds(model.path, config) else "chat"
+    return replace(model, architecture=name, kind=kind)
 
 
 @cache
@@ -290,16 +288,14 @@ def _known_types() -> frozenset[str]:
     return REMAPPED | {file.stem for file in files}
 
 
-def _with_ids(models: list[Model], exact: dict[str, Indexed]) -> list[Model]:
+def _with_ids(models: list[Model], exact: dict[str, str]) -> list[Model]:
     """What LM Studio has named first, for these names are fixed; then in the order given."""
     given = [exact.get(os.path.realpath(model.path)) for model in models]
     taken: set[str] = set()
     for i in sorted(range(len(models)), key=lambda i: given[i] is None):
         model, names = models[i], list[str]()
         if (own := given[i]) is not None:
-            names = [own.id]
-            if own.embedding and model.kind == "chat":
-                model = replace(model, kind="embedding", error=model.error or _NOT_SERVED)
+            names = [own]
         prefix = "text-embedding-" if model.kind == "embedding" else ""
         short = prefix + model.id.removeprefix(prefix)
         file = model.repo if model.format == "mlx" else model.path.name
@@ -313,15 +309,15 @@ def _with_ids(models: list[Model], exact: dict[str, Indexed]) -> list[Model]:
 
 
 def _with_fallbacks(models: list[Model], config: Config) -> list[Model]:
-    twins: dict[str, Model] = {}
+    twins: dict[tuple[str, str], Model] = {}
     for model in models:
-        if model.format == "gguf" and model.kind == "chat" and model.error is None:
-            twins.setdefault(_weights_name(model), model)
+        if model.format == "gguf" and model.error is None:
+            twins.setdefault(_weights(model), model)
     return [_with_fallback(model, twins, config.model(model.id).backend) for model in models]
 
 
-def _with_fallback(model: Model, twins: dict[str, Model], backend: str | None) -> Model:
-    twin = twins.get(_weights_name(model)) if model.kind == "chat" else None
+def _with_fallback(model: Model, twins: dict[tuple[str, str], Model], backend: str | None) -> Model:
+    twin = twins.get(_weights(model))
     if backend == "gguf" and twin is not None and model.format == "mlx":
         return replace(twin, id=model.id)
     if backend is not None and backend != model.format:
@@ -329,10 +325,10 @@ def _with_fallback(model: Model, twins: dict[str, Model], backend: str | None) -
     return replace(model, fallback=twin) if model.format == "mlx" and backend is None else model
 
 
-def _weights_name(model: Model) -> str:
+def _weights(model: Model) -> tuple[str, str]:
     """The same for all formats and quantizations."""
     name = model.repo if model.format == "mlx" else _SPLIT.sub("", model.path.stem)
-    return _base_name(name).removesuffix("-mlx")
+    return model.kind, _base_name(name).removesuffix("-mlx")
 
 
 def _embedded(folder: Path) -> list[Model]:

@@ -25,13 +25,15 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from .config import EngineSettings
 from .errors import InvalidRequest, ModelLoadFailed
-from .generation import ChatMessage
 
 DEADLINE_SECONDS: Final = 2.0
 MAX_CHARS: Final = 16 * 1024**2
 """Of a rendered prompt, and of any string or list that a template builds with + ~ or *."""
 MAX_BITS: Final = 4096
 """Of an integer a template computes."""
+
+RESERVED: Final = ("messages", "tools", "add_generation_prompt", "bos_token", "eos_token")
+"""Variables of a template that a request cannot set."""
 
 
 class _Raised(TemplateError):
@@ -158,6 +160,7 @@ class ChatTemplate:
         eos_token: str = "",
         deadline_seconds: float = DEADLINE_SECONDS,
     ) -> None:
+        self.source: str | None = source
         self._environment = _Environment()
         self._tokens = {"bos_token": bos_token, "eos_token": eos_token}
         self._deadline_seconds = deadline_seconds
@@ -169,21 +172,35 @@ class ChatTemplate:
                 f"The model's chat template does not compile (line {line}): {_reason(error)}"
             ) from error
 
-    def render(self, messages: list[ChatMessage]) -> str:
-        """The prompt up to where the assistant's answer begins.
+    def render(
+        self,
+        messages: list[dict[str, Any]],
+        tools: list[dict[str, Any]] | None = None,
+        kwargs: dict[str, Any] | None = None,
+    ) -> str:
+        """The prompt up to where the assistant's answer begins; `kwargs` are variables.
 
         Raises:
-            InvalidRequest: the template refuses these messages, or fails on them.
+            InvalidRequest: the template refuses these messages, or fails on them; or a variable is
+                not the request's to set.
         """
+        variables = kwargs or {}
+        for name in RESERVED:
+            if name in variables:
+                raise InvalidRequest(
+                    f"Invalid value for 'chat_template_kwargs': '{name}' cannot be set.",
+                    param="chat_template_kwargs",
+                )
+        given = {
+            "messages": messages,
+            "tools": tools,
+            "documents": None,
+            "add_generation_prompt": True,
+            **self._tokens,
+        }
         self._environment.deadline.at = time.monotonic() + self._deadline_seconds
         try:
-            return self._template.render(
-                messages=[{"role": m.role, "content": m.content} for m in messages],
-                tools=None,
-                documents=None,
-                add_generation_prompt=True,
-                **self._tokens,
-            )
+            return self._template.render(given | variables)
         except Exception as error:  # a template can raise nearly anything
             verb = "refuses" if isinstance(error, _Raised) else "cannot render"
             raise InvalidRequest(

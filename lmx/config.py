@@ -49,6 +49,8 @@ class SamplingDefaults(Section, frozen=True):
     top_p: Annotated[float, Meta(gt=0, le=1)] = 0.95
     top_k: Annotated[int, Meta(ge=0)] = 40
     min_p: Annotated[float, Meta(ge=0, le=1)] = 0.05
+    separate_reasoning: bool = True
+    """Reasoning goes out beside the content; False leaves it inside."""
 
 
 class MemoryLimits(Section, frozen=True):

@@ -213,7 +213,7 @@ class Guard:
             return
         free = self.room(grants=True).free
         ready = [slot for slot in self._slots if slot.ready]
-        mlx = [slot for slot in ready if slot.using.format == "mlx"]
+        mlx = [slot for slot in ready if (slot.using.format, slot.using.kind) == ("mlx", "chat")]
         granted = sum(
             s.runner.report.kv_bytes - s.estimate.kv for s in mlx if s.runner and s.estimate
         )

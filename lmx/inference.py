@@ -28,13 +28,15 @@ from .errors import (
     RunnerDied,
     ServerStopping,
 )
-from .generation import ChatMessage, SamplingParams
+from .generation import EmbeddingRequest, GenerationRequest
 from .messages import (
     Accepted,
     AnyCommand,
     AnyEvent,
     Cancel,
     Delta,
+    Embed,
+    Embedded,
     Failed,
     Finished,
     FrameReader,
@@ -72,20 +74,20 @@ class Generation:
         self.id = id
         self.prompt_tokens = 0
         self.cached_tokens = 0
-        self.tokens = 0
-        """Generated so far."""
-        self._events: list[Delta | Finished] = []
+        self.tokens: dict[int, int] = {}
+        """Generated so far, by answer."""
+        self._events: list[Delta | Embedded | Finished] = []
         self._error: LMXError | None = None
         self._accepted = False
         self._changed = anyio.Event()
 
-    def put(self, event: Accepted | Delta | Finished) -> None:
+    def put(self, event: Accepted | Delta | Embedded | Finished) -> None:
         match event:
             case Accepted():
                 self.prompt_tokens = event.prompt_tokens
                 self.cached_tokens = event.cached_tokens
                 self._accepted = True
-            case Delta() | Finished():
+            case Delta() | Embedded() | Finished():
                 self._events.append(event)
         self._changed.set()
 
@@ -103,7 +105,7 @@ class Generation:
         await self._changed.wait()
         self._changed = anyio.Event()
 
-    async def __aiter__(self) -> AsyncIterator[list[Delta | Finished]]:
+    async def __aiter__(self) -> AsyncIterator[list[Delta | Embedded | Finished]]:
         finished = False
         while not finished:
             while not self._events:
@@ -163,7 +165,7 @@ class InferenceQueue:
 
     @asynccontextmanager
     async def generate(
-        self, runner: Runner, messages: list[ChatMessage], params: SamplingParams
+        self, runner: Runner, request: GenerationRequest | EmbeddingRequest
     ) -> AsyncIterator[Generation]:
         """Entered once the runner has accepted the prompt; leaving it cancels what still runs.
 
@@ -171,7 +173,7 @@ class InferenceQueue:
             InvalidRequest, ContextLengthExceeded: the runner refuses the prompt.
             RunnerDied, ServerStopping: there is nobody to run it.
         """
-        generation = runner.submit(messages, params)
+        generation = runner.submit(request)
         self._live.add(generation)
         try:
             await generation.accepted()
@@ -239,7 +241,7 @@ class Runner:
     def pid(self) -> int | None:
         return self._process.pid if self._process else None
 
-    def submit(self, messages: list[ChatMessage], params: SamplingParams) -> Generation:
+    def submit(self, request: GenerationRequest | EmbeddingRequest) -> Generation:
         self._next_id += 1
         generation = Generation(self._next_id)
         if self.exit is not None:
@@ -247,7 +249,10 @@ class Runner:
         if not self._generations:
             self._last_step = anyio.current_time()
         self._generations[generation.id] = generation
-        self._outbox.send_nowait(Generate(generation.id, messages, params))
+        if isinstance(request, EmbeddingRequest):
+            self._outbox.send_nowait(Embed(generation.id, request))
+        else:
+            self._outbox.send_nowait(Generate(generation.id, request))
         return generation
 
     def cancel(self, generation: Generation) -> None:
@@ -358,21 +363,18 @@ class Runner:
             case Refused(id, error) | Failed(id, error):
                 if generation := self._generations.pop(id, None):
                     generation.fail(error.exception())
-            case Finished(id, _, tokens):
+            case Finished(id, tokens):
                 if generation := self._generations.pop(id, None):
-                    self._count(generation, tokens)
+                    self.generated += tokens - sum(generation.tokens.values())
                     generation.put(event)
-            case Delta(id, _, tokens):
+            case Delta(id, index, _, tokens):
                 if generation := self._generations.get(id):
-                    self._count(generation, tokens)
+                    self.generated += tokens - generation.tokens.get(index, 0)
+                    generation.tokens[index] = tokens
                     generation.put(event)
-            case Accepted(id):
+            case Accepted(id) | Embedded(id):
                 if generation := self._generations.get(id):
                     generation.put(event)
-
-    def _count(self, generation: Generation, tokens: int) -> None:
-        self.generated += tokens - generation.tokens
-        generation.tokens = tokens
 
     async def _write_commands(self, process: Process) -> None:
         assert process.stdin

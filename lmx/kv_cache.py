@@ -77,6 +77,18 @@ def mlx_kv_cache(config: dict[str, Any], element_bytes: int) -> KVCacheSize:
         return UNKNOWN
 
 
+def gguf_encoder_buffers(metadata: dict[str, Any]) -> KVCacheSize:
+    """What llama.cpp takes to compute the longest input of an encoder, all of it at once: an upper
+    bound, for an encoder keeps no KV cache."""
+    prefix = f"{metadata.get('general.architecture')}."
+    c = {k.removeprefix(prefix): v for k, v in metadata.items() if k.startswith(prefix)}
+    try:
+        width = _int(c, "feed_forward_length") + 3 * _int(c, "embedding_length")
+        return KVCacheSize(((4 * width + 2 * _int(c, "context_length"), None),))
+    except _ODD:
+        return UNKNOWN
+
+
 def gguf_kv_cache(metadata: dict[str, Any]) -> KVCacheSize:
     """What llama.cpp reserves at load for all cells and sequences: KV in 2 bytes, states in 4."""
     name = str(metadata.get("general.architecture"))

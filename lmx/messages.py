@@ -3,7 +3,8 @@
 A frame is a 4-byte big-endian length and a msgpack body. The server sends one `Command` a frame;
 the runner sends a list of `Event`s a frame, one frame a step for all sequences together. For each
 `Generate` the runner answers `Accepted` or `Refused` first, and after `Accepted` any number of
-`Delta`s and exactly one of `Finished` and `Failed`. `Refused` and `LoadFailed` are final.
+`Delta`s and exactly one of `Finished` and `Failed`; an `Embed` has `Embedded`s instead. `Refused`
+and `LoadFailed` are final.
 """
 
 from __future__ import annotations
@@ -15,7 +16,13 @@ import msgspec
 
 from .config import EngineSettings
 from .errors import LMXError, by_name
-from .generation import ChatMessage, FinishReason, SamplingParams
+from .generation import (
+    EmbeddingRequest,
+    FinishReason,
+    GenerationRequest,
+    Part,
+    TokenLogprob,
+)
 
 MAX_FRAME_BYTES: Final = 256 * 1024 * 1024
 _LENGTH: Final = struct.Struct(">I")
@@ -54,8 +61,12 @@ class Load(Command):
 
 class Generate(Command):
     id: int
-    messages: list[ChatMessage]
-    params: SamplingParams
+    request: GenerationRequest
+
+
+class Embed(Command):
+    id: int
+    request: EmbeddingRequest
 
 
 class Cancel(Command):
@@ -111,16 +122,35 @@ class Refused(Event):
 
 
 class Delta(Event):
+    """What one answer has gained in one step."""
+
     id: int
-    text: str
+    index: int
+    """Which of the request's answers."""
+    parts: list[Part]
     tokens: int
-    """Tokens generated so far, those whose text is held back included."""
+    """Of this answer so far, those whose text is held back included."""
+    logprobs: list[TokenLogprob] = []
+    """Of tokens whose text is content, sent with that text."""
+    finish: FinishReason | None = None
+    """Set in the last one of this answer."""
+
+
+class Embedded(Event):
+    id: int
+    index: int
+    """Which of the inputs."""
+    vector: bytes
+    """float32, little endian."""
 
 
 class Finished(Event):
+    """All answers of the request have ended."""
+
     id: int
-    reason: FinishReason
-    completion_tokens: int
+    completion_tokens: int = 0
+    reasoning_tokens: int = 0
+    cancelled: bool = False
 
 
 class Failed(Event):
@@ -128,8 +158,8 @@ class Failed(Event):
     error: Error
 
 
-AnyCommand = Load | Generate | Cancel | Grant | Stop
-AnyEvent = Loaded | Report | LoadFailed | Accepted | Refused | Delta | Finished | Failed
+AnyCommand = Load | Generate | Embed | Cancel | Grant | Stop
+AnyEvent = Loaded | Report | LoadFailed | Accepted | Refused | Delta | Embedded | Finished | Failed
 
 _encoder = msgspec.msgpack.Encoder()
 _command_decoder: msgspec.msgpack.Decoder[AnyCommand] = msgspec.msgpack.Decoder(AnyCommand)

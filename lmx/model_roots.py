@@ -28,13 +28,6 @@ class Root(NamedTuple):
     """Laid out as Hugging Face's cache, else as publisher/repo/files."""
 
 
-class Indexed(NamedTuple):
-    """What LM Studio's index says of a model."""
-
-    id: str
-    embedding: bool
-
-
 def roots(config: Config) -> list[Root]:
     """LMX's own comes first."""
     found = [Root(Path(os.path.expanduser(config.models_dir)), own=True)]
@@ -52,8 +45,8 @@ def roots(config: Config) -> list[Root]:
     return found
 
 
-def lm_studio_index() -> dict[str, Indexed]:
-    """By the real path of a GGUF file or an MLX folder. Without a usable index: nothing."""
+def lm_studio_index() -> dict[str, str]:
+    """Its ids by the real path of a GGUF file or an MLX folder. Without a usable index: nothing."""
     index = {}
     models = _read_object(_lm_studio_home() / ".internal/model-index-cache.json").get("models")
     for entry in models if isinstance(models, list) else []:
@@ -61,7 +54,7 @@ def lm_studio_index() -> dict[str, Indexed]:
             file, id = entry["entryPoint"]["absPath"], entry["defaultIdentifier"]
             path = file if file.endswith(".gguf") else entry["containingDirAbsolutePath"]
             if id and id.isprintable():
-                index[os.path.realpath(path)] = Indexed(id, entry.get("domain") == "embedding")
+                index[os.path.realpath(path)] = id
         except (LookupError, TypeError, ValueError, AttributeError):
             continue
     return index

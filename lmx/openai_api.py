@@ -1,4 +1,4 @@
-"""OpenAI's endpoints: models and chat completions. Each handler reads, asks, and shapes an answer.
+"""OpenAI's endpoints. Each handler reads, asks, and shapes an answer.
 
 Nothing here handles errors: `lmx.app` gives every one of them its response.
 """
@@ -7,22 +7,36 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import AsyncGenerator
+from array import array
+from collections import defaultdict
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from functools import partial
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
+import anyio
 import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
 from . import __version__, catalog, schema
+from .chat_schema import ChatCompletion, ChatCompletionChunk, ChatCompletionRequest
+from .completions_schema import (
+    Completion,
+    CompletionRequest,
+    Embedding,
+    EmbeddingList,
+    EmbeddingsRequest,
+    EmbeddingUsage,
+)
 from .endpoint import State, WireResponse
-from .errors import GenerationFailed
-from .generation import Usage
-from .messages import Delta, Finished
-from .schema import ChatCompletionRequest, ChoiceDelta, ChunkChoice
+from .errors import GenerationFailed, InvalidRequest
+from .generation import EmbeddingRequest, GenerationRequest, Usage
+from .messages import Delta, Embedded, Finished
+from .openai_answers import ChatPieces, TextPieces
 from .streaming import DONE, EventStream, encode_event, unless_disconnected
+
+Chunk = ChatCompletionChunk | Completion
 
 
 async def health(request: Request[State]) -> dict[str, Any]:
@@ -61,66 +75,109 @@ def _model(model: catalog.Model) -> schema.Model:
 
 
 async def chat_completions(
-    request: Request[State], body: schema.ChatCompletionRequest
-) -> Annotated[Response, schema.ChatCompletion]:
+    request: Request[State], body: ChatCompletionRequest
+) -> Annotated[Response, ChatCompletion]:
     """Answer a conversation; with `stream`, in server-sent events."""
+    return await _answer(request, body)
+
+
+async def completions(
+    request: Request[State], body: CompletionRequest
+) -> Annotated[Response, Completion]:
+    """Go on with a text; with `stream`, in server-sent events."""
+    return await _answer(request, body)
+
+
+async def _answer(
+    request: Request[State], body: ChatCompletionRequest | CompletionRequest
+) -> Response:
+    model = await _resolve(request, body.model, "chat")
+    wanted = body.to_request(request.state["registry"].config.sampling_for(model.id))
+    if isinstance(body, ChatCompletionRequest):
+        pieces: ChatPieces | TextPieces = ChatPieces(wanted)
+    else:
+        pieces = TextPieces(n=body.answers, each=wanted.n, logprobs=body.logprobs is not None)
+    chunks = _chunks(request.state, body, model, wanted, pieces)
     if body.stream:
-        chunks = _chunks(request.state, body, include_usage=body.include_usage)
         return EventStream(_events(chunks))
-    chunks = _chunks(request.state, body, include_usage=True)
-    return WireResponse(await unless_disconnected(request.receive, partial(_fold, chunks)))
+    return WireResponse(await unless_disconnected(request.receive, partial(_fold, chunks, pieces)))
+
+
+async def _resolve(
+    request: Request[State], name: str, kind: Literal["chat", "embedding"]
+) -> catalog.Model:
+    """
+    Raises:
+        InvalidRequest: it is of the other kind, which is told before it is loaded.
+    """
+    model = await request.state["registry"].resolve(name)
+    if model.kind != kind:
+        does = "makes embeddings and no text" if kind == "chat" else "makes text and no embeddings"
+        raise InvalidRequest(f"The model '{model.id}' {does}.", param="model")
+    return model
 
 
 async def _chunks(
-    state: State, wanted: ChatCompletionRequest, *, include_usage: bool
-) -> AsyncGenerator[list[schema.ChatCompletionChunk]]:
-    """The answer in OpenAI's chunks, as many at a time as have come since the last look.
+    state: State,
+    body: schema.SampledRequest,
+    model: catalog.Model,
+    wanted: GenerationRequest,
+    pieces: ChatPieces | TextPieces,
+) -> AsyncGenerator[list[Chunk]]:
+    """The answers in OpenAI's chunks, as many at a time as have come since the last look.
 
     The first comes with the first event of the model, not when the request is accepted: until then
     a failure still gets an HTTP status, which clients retry.
     """
-    messages = wanted.to_messages()
-    registry = state["registry"]
-    model = await registry.resolve(wanted.model)
-    params = wanted.to_sampling(registry.config.sampling_for(model.id))
+    include_usage = body.include_usage or not body.stream
     async with (
-        registry.lease(model, wanted.ttl) as lease,
-        state["queue"].generate(lease.runner, messages, params) as generation,
+        state["registry"].lease(model, body.ttl) as lease,
+        state["queue"].generate(lease.runner, wanted) as generation,
     ):
         engine = lease.runner.loaded.engine if lease.runner.loaded else lease.model.format
+        new: Callable[..., Chunk] = pieces.chunk
         chunk = partial(
-            schema.ChatCompletionChunk,
-            id=f"chatcmpl-{secrets.token_hex(12)}",
+            new,
+            id=f"{pieces.prefix}-{secrets.token_hex(12)}",
             created=int(time.time()),
             model=lease.model.id,
             system_fingerprint=f"lmx {__version__}, {engine}",
-            service_tier=msgspec.UNSET if wanted.service_tier is None else "default",
+            service_tier=msgspec.UNSET if body.service_tier is None else "default",
             usage=None if include_usage else msgspec.UNSET,
         )
-        start = ChoiceDelta(role="assistant", content="")
-        chunks = [chunk(choices=[ChunkChoice(delta=start)])]
+        chunks = [chunk(choices=[choice]) for choice in pieces.start()]
         async for events in generation:
-            text = "".join(event.text for event in events if isinstance(event, Delta))
-            if text:
-                chunks.append(chunk(choices=[ChunkChoice(delta=ChoiceDelta(content=text))]))
-            if isinstance(last := events[-1], Finished):
-                if last.reason == "cancelled":
-                    raise GenerationFailed("The generation was cancelled.")
-                end = ChunkChoice(delta=ChoiceDelta(), finish_reason=last.reason)
-                chunks.append(chunk(choices=[end]))
-                if include_usage:
-                    usage = Usage(
-                        generation.prompt_tokens, last.completion_tokens, generation.cached_tokens
-                    )
-                    chunks.append(chunk(choices=[], usage=schema.CompletionUsage.of(usage)))
+            last = _finished(events)
+            for delta in events:
+                if isinstance(delta, Delta):
+                    chunks += [chunk(choices=[choice]) for choice in pieces.of(delta)]
+            if last is not None and include_usage:
+                usage = Usage(
+                    generation.prompt_tokens,
+                    last.completion_tokens,
+                    generation.cached_tokens,
+                    last.reasoning_tokens,
+                )
+                chunks.append(chunk(choices=[], usage=schema.CompletionUsage.of(usage)))
             if chunks:
                 yield chunks
                 chunks = []
 
 
-async def _events(
-    chunks: AsyncGenerator[list[schema.ChatCompletionChunk]],
-) -> AsyncGenerator[bytes]:
+def _finished(events: list[Delta | Embedded | Finished]) -> Finished | None:
+    """
+    Raises:
+        GenerationFailed: it was cancelled, so that the answer is no whole one.
+    """
+    last = events[-1]
+    if not isinstance(last, Finished):
+        return None
+    if last.cancelled:
+        raise GenerationFailed("The generation was cancelled.")
+    return last
+
+
+async def _events(chunks: AsyncGenerator[list[Chunk]]) -> AsyncGenerator[bytes]:
     async with aclosing(chunks):
         async for some in chunks:
             yield b"".join(map(encode_event, some))
@@ -128,24 +185,55 @@ async def _events(
 
 
 async def _fold(
-    chunks: AsyncGenerator[list[schema.ChatCompletionChunk]],
-) -> schema.ChatCompletion:
+    chunks: AsyncGenerator[list[Chunk]], pieces: ChatPieces | TextPieces
+) -> schema.Answer:
     """The whole answer. Made of the stream's chunks, so that the two cannot differ."""
-    text: list[str] = []
-    finish_reason = None
+    answers: dict[int, list[Any]] = defaultdict(list)
     async with aclosing(chunks):
         async for some in chunks:
             for chunk in some:
                 for choice in chunk.choices:
-                    text.append(choice.delta.content or "")
-                    finish_reason = choice.finish_reason
-    message = schema.ChatCompletionMessage(content="".join(text))
-    return schema.ChatCompletion(
-        id=chunk.id,
-        created=chunk.created,
-        model=chunk.model,
-        choices=[schema.Choice(message=message, finish_reason=finish_reason)],
-        usage=chunk.usage,
-        service_tier=chunk.service_tier,
-        system_fingerprint=chunk.system_fingerprint,
-    )
+                    answers[choice.index].append(choice)
+    fields = {name: getattr(chunk, name) for name in schema.Answer.__struct_fields__}
+    del fields["object"]
+    fields["choices"] = pieces.choices([answers[i] for i in sorted(answers)])
+    answer: Callable[..., schema.Answer] = pieces.answer
+    return answer(**fields)
+
+
+async def embeddings(
+    request: Request[State], body: EmbeddingsRequest
+) -> Annotated[Response, EmbeddingList]:
+    """Turn texts into vectors."""
+    model = await _resolve(request, body.model, "embedding")
+    embed = partial(_embed, request.state, body, model, body.to_request())
+    vectors, prompt_tokens = await unless_disconnected(request.receive, embed)
+    answer = partial(_embedding_list, vectors, body.encoding_format == "base64", model.id)
+    return await anyio.to_thread.run_sync(answer, prompt_tokens)
+
+
+async def _embed(
+    state: State, body: EmbeddingsRequest, model: catalog.Model, wanted: EmbeddingRequest
+) -> tuple[list[bytes], int]:
+    """The inputs' vectors and number of tokens."""
+    vectors = [b""] * len(wanted.inputs)
+    async with (
+        state["registry"].lease(model, body.ttl) as lease,
+        state["queue"].generate(lease.runner, wanted) as generation,
+    ):
+        async for events in generation:
+            _finished(events)
+            for event in events:
+                if isinstance(event, Embedded):
+                    vectors[event.index] = event.vector
+        return vectors, generation.prompt_tokens
+
+
+def _embedding_list(vectors: list[bytes], base64: bool, model: str, tokens: int) -> Response:
+    """Takes a second for thousands of vectors: not for the event loop."""
+    data = [
+        Embedding(index=i, embedding=vector if base64 else array("f", vector).tolist())
+        for i, vector in enumerate(vectors)
+    ]
+    usage = EmbeddingUsage(prompt_tokens=tokens, total_tokens=tokens)
+    return WireResponse(EmbeddingList(data=data, model=model, usage=usage))

@@ -11,35 +11,34 @@ breaks: then it dies with a traceback and the server fails its requests.
 from __future__ import annotations
 
 import fcntl
+import math
 import os
 import signal
 import sys
 import threading
 import traceback
+from array import array
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from queue import SimpleQueue
 from types import TracebackType
 
 from . import backends
-from .backends import Backend, Sequence, SequenceFailed, StepEvent
+from .answer import Answer
+from .backends import Backend, Sequence, SequenceFailed, StepEvent, TokenEvent, VectorEvent
 from .config import EngineSettings
-from .errors import (
-    UNLOADED,
-    ContextLengthExceeded,
-    GenerationFailed,
-    InvalidRequest,
-    LMXError,
-    ModelUnloaded,
-)
+from .errors import UNLOADED, GenerationFailed, LMXError, ModelUnloaded
 from .messages import (
     Accepted,
     AnyCommand,
     AnyEvent,
     Cancel,
     Delta,
+    Embed,
+    Embedded,
     Error,
     Failed,
     Finished,
@@ -55,7 +54,7 @@ from .messages import (
     decode_command,
     encode_events,
 )
-from .output import OutputParser
+from .prompt import Preparer
 
 Loader = Callable[[Path, str, EngineSettings, int], Backend]
 
@@ -89,15 +88,24 @@ class GPUTurn:
         fcntl.flock(self._gpu, fcntl.LOCK_UN)
 
 
-@dataclass(frozen=True, slots=True)
-class _Add:
-    sequence: Sequence
-
-
 @dataclass(slots=True)
-class _Running:
-    output: OutputParser
+class _Request:
+    id: int
+    sequences: list[tuple[Sequence, Answer]]
+    dimensions: int | None = None
+    """Of embeddings, if not as many as the model makes."""
+    running: dict[int, Answer] = field(default_factory=dict)
+    """By the sequence's uid."""
     tokens: int = 0
+    reasoning_tokens: int = 0
+
+    def end(self, uid: int) -> None:
+        answer = self.running.pop(uid)
+        self.tokens += answer.tokens
+        self.reasoning_tokens += answer.reasoning_tokens
+
+    def finished(self, *, cancelled: bool = False) -> Finished:
+        return Finished(self.id, self.tokens, self.reasoning_tokens, cancelled)
 
 
 class Runner:
@@ -109,20 +117,24 @@ class Runner:
         self._backend = backend
         self._turn = turn
         self._send = send
-        self._inbox: SimpleQueue[_Add | Cancel | Grant | Stop] = SimpleQueue()
+        self._preparer = Preparer(backend)
+        self._inbox: SimpleQueue[_Request | Cancel | Grant | Stop] = SimpleQueue()
+        self._uids = count()
         self._workers = ThreadPoolExecutor(2, thread_name_prefix="prepare")
         self._preparing: set[int] = set()
         """Requests on their way from the reader to the step loop."""
         self._cancelled: set[int] = set()
         """Those of them that nobody wants any more."""
-        self._running: dict[int, _Running] = {}
+        self._requests: dict[int, _Request] = {}
+        self._running: dict[int, _Request] = {}
+        """By the uid of each of its sequences that the backend has."""
 
     def read(self, commands: Iterator[AnyCommand]) -> None:
         """Reader thread: take commands until they end, and with them the runner."""
         try:
             for command in commands:
                 match command:
-                    case Generate():
+                    case Generate() | Embed():
                         self._preparing.add(command.id)
                         self._workers.submit(self._prepare, command)
                     case Cancel() | Grant() | Stop():
@@ -136,60 +148,28 @@ class Runner:
         """Any thread, or a signal handler."""
         self._inbox.put(Stop())
 
-    def _prepare(self, request: Generate) -> None:
-        """Worker thread: from messages to a sequence in the inbox, or to a refusal."""
+    def _prepare(self, command: Generate | Embed) -> None:
+        """Worker thread: from a request to its sequences in the inbox, or to a refusal."""
         try:
-            if request.id in self._cancelled:
-                return self._drop(request.id, Finished(request.id, "cancelled", 0))
-            sequence = self._sequence(request)
+            if command.id in self._cancelled:
+                return self._drop(command.id, Finished(command.id, cancelled=True))
+            sequences = self._preparer.sequences(command.request, self._uids)
         except LMXError as error:
-            return self._drop(request.id, Refused(request.id, Error.of(error)))
+            return self._drop(command.id, Refused(command.id, Error.of(error)))
         except Exception as error:
             # Nobody reads this thread's exceptions, and the client must get its answer.
             traceback.print_exc()
             failure = GenerationFailed(f"The prompt could not be prepared: {error!r}")
-            return self._drop(request.id, Refused(request.id, Error.of(failure)))
-        self._send([Accepted(request.id, len(sequence.prompt), 0)])
-        self._inbox.put(_Add(sequence))
+            return self._drop(command.id, Refused(command.id, Error.of(failure)))
+        prompts = {id(sequence.prompt): sequence.prompt for sequence, _ in sequences}
+        self._send([Accepted(command.id, sum(map(len, prompts.values())), 0)])
+        wanted = command.request.dimensions if isinstance(command, Embed) else None
+        self._inbox.put(_Request(command.id, sequences, wanted))
 
     def _drop(self, id: int, event: AnyEvent) -> None:
         self._preparing.discard(id)
         self._cancelled.discard(id)
         self._send([event])
-
-    def _sequence(self, request: Generate) -> Sequence:
-        template = self._backend.chat_template
-        if template is None:
-            raise InvalidRequest(
-                "This model has no chat template, so it cannot chat.", param="messages"
-            )
-        text = template.render(request.messages)
-        at_least = len(text) // self._backend.longest_token
-        if at_least > self._backend.context_length:
-            # Known without tokenizing it, which would take seconds for megabytes.
-            raise self._too_long(f"at least {at_least}")
-        prompt = self._backend.tokenize(text)
-        if not prompt:
-            raise InvalidRequest("The prompt is empty.", param="messages")
-        room = self._backend.context_length - len(prompt)
-        if room < 1:
-            raise self._too_long(str(len(prompt)))
-        for token in request.params.logit_bias:
-            if not 0 <= token < self._backend.vocabulary_size:
-                raise InvalidRequest(
-                    f"Token {token} is outside this model's vocabulary of "
-                    f"{self._backend.vocabulary_size}.",
-                    param="logit_bias",
-                )
-        max_tokens = min(request.params.max_tokens or room, room)
-        return Sequence(request.id, prompt, max_tokens, request.params)
-
-    def _too_long(self, tokens: str) -> ContextLengthExceeded:
-        return ContextLengthExceeded(
-            f"This model's maximum context length is {self._backend.context_length} tokens, "
-            f"but the prompt has {tokens} and the answer needs at least one.",
-            param="messages",
-        )
 
     def run(self) -> None:
         """Main thread: step until told to stop.
@@ -204,7 +184,7 @@ class Runner:
                 # Sent even when empty: the server's watchdog counts steps.
                 self._send([event for step in stepped for event in self._events(step)])
         stopping = Error.of(ModelUnloaded(UNLOADED))
-        self._send([Failed(id, stopping) for id in self._running])
+        self._send([Failed(id, stopping) for id in self._requests])
         self._workers.shutdown(wait=False, cancel_futures=True)
 
     def _take_commands(self) -> bool:
@@ -219,45 +199,76 @@ class Runner:
                     memory = self._backend.grant(kv_bytes)
                     report = Report(memory.engine_bytes, memory.kv_bytes, memory.kv_used_bytes)
                     self._send([report])
-                case _Add(sequence):
-                    self._start(sequence)
+                case _Request() as request:
+                    self._start(request)
         return True
 
-    def _start(self, sequence: Sequence) -> None:
-        if sequence.uid in self._cancelled:
-            return self._drop(sequence.uid, Finished(sequence.uid, "cancelled", 0))
-        self._preparing.discard(sequence.uid)
-        self._running[sequence.uid] = _Running(OutputParser(sequence.params.stop))
-        self._backend.add(sequence)
+    def _start(self, request: _Request) -> None:
+        if request.id in self._cancelled:
+            return self._drop(request.id, request.finished(cancelled=True))
+        self._preparing.discard(request.id)
+        self._requests[request.id] = request
+        for sequence, answer in request.sequences:
+            request.running[sequence.uid] = answer
+            self._running[sequence.uid] = request
+            self._backend.add(sequence)
+        request.sequences.clear()
 
     def _cancel(self, id: int) -> None:
-        if running := self._running.pop(id, None):
-            self._backend.remove(id)
-            self._send([Finished(id, "cancelled", running.tokens)])
+        if request := self._requests.get(id):
+            self._end(request)
+            self._send([request.finished(cancelled=True)])
         elif id in self._preparing:
             self._cancelled.add(id)
 
+    def _end(self, request: _Request) -> None:
+        """Take what is left of it out of the backend."""
+        for uid in list(request.running):
+            self._backend.remove(uid)
+            self._leave(request, uid)
+        del self._requests[request.id]
+
+    def _leave(self, request: _Request, uid: int) -> None:
+        request.end(uid)
+        del self._running[uid]
+
     def _events(self, step: StepEvent) -> list[AnyEvent]:
-        if isinstance(step, SequenceFailed):
-            del self._running[step.uid]
-            return [Failed(step.uid, Error.of(step.error))]
-        running = self._running[step.uid]
-        running.tokens += 1
-        text = running.output.feed(step.text)
-        finish = step.finish
-        if finish is not None:
-            text += running.output.finish()
-        if running.output.stopped:
-            if finish is None:
-                self._backend.remove(step.uid)
-            finish = "stop"
+        request = self._running.get(step.uid)
+        if request is None:
+            return []  # in the same step another answer of its request has failed
+        answer = request.running[step.uid]
         events: list[AnyEvent] = []
-        if text:
-            events.append(Delta(step.uid, text, running.tokens))
-        if finish is not None:
-            del self._running[step.uid]
-            events.append(Finished(step.uid, finish, running.tokens))
+        match step:
+            case SequenceFailed(_, error):
+                return self._fail(request, error)
+            case VectorEvent(uid, vector):
+                self._leave(request, uid)
+                if request.dimensions:
+                    vector = vector[: request.dimensions]
+                    length = math.hypot(*vector) or 1.0
+                    vector = [value / length for value in vector]
+                events.append(Embedded(request.id, answer.index, array("f", vector).tobytes()))
+            case TokenEvent(uid):
+                parts, finish = answer.take(step)
+                logprobs = answer.take_logprobs()
+                if parts or logprobs or finish:
+                    events.append(
+                        Delta(request.id, answer.index, parts, answer.tokens, logprobs, finish)
+                    )
+                if finish:
+                    if step.finish is None:
+                        self._backend.remove(uid)
+                    self._leave(request, uid)
+                elif answer.error:
+                    return [*events, *self._fail(request, answer.error)]
+        if not request.running:
+            del self._requests[request.id]
+            events.append(request.finished())
         return events
+
+    def _fail(self, request: _Request, error: LMXError) -> list[AnyEvent]:
+        self._end(request)
+        return [Failed(request.id, Error.of(error))]
 
 
 def read_commands(pipe: int) -> Iterator[AnyCommand]:

@@ -1,14 +1,14 @@
-"""OpenAI's chat completion on the wire: what a client may send, and what it gets back.
+"""What OpenAI's endpoints share on the wire: decoding, the fields that steer generation, models.
 
-Shapes from https://platform.openai.com/docs/api-reference/chat; LM Studio's additions are marked.
-Decoding never trusts the client: everything it can get wrong is an `InvalidRequest` that names the
-field in `param`.
+Shapes from https://platform.openai.com/docs/api-reference; additions of LM Studio and vLLM are
+marked. Decoding never trusts the client: everything it can get wrong is an `InvalidRequest` that
+names the field in `param`.
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import Annotated, Any, Final, Literal, TypeVar
 
@@ -17,7 +17,7 @@ from msgspec import UNSET, Meta, UnsetType
 
 from .config import SamplingDefaults
 from .errors import InvalidRequest, MissingParameter, UnsupportedParameter
-from .generation import ChatMessage, SamplingParams, Usage
+from .generation import Grammar, SamplingParams, Usage
 
 T = TypeVar("T")
 
@@ -31,89 +31,63 @@ Seed = (
     | Annotated[float, Meta(ge=-(2**53), le=2**53, multiple_of=1)]
 )
 StopString = Annotated[str, Meta(min_length=1)]
-TokenId = Annotated[str, Meta(pattern=r"^[0-9]{1,9}\Z")]
+TokenKey = Annotated[str, Meta(pattern=r"^[0-9]{1,9}\Z")]
+TokenId = Annotated[int, Meta(ge=0, le=2**31 - 1)]
+TokenIds = Annotated[list[TokenId], Meta(min_length=1)]
 Bias = Annotated[float, Meta(ge=-100, le=100)]
 
 MAX_COUNT: Final = 2**31 - 1
 """Counts above this mean the same as this; it fits every engine's integers."""
-
-ROLES: Final = {
-    "system": "system",
-    "developer": "system",
-    "user": "user",
-    "assistant": "assistant",
-    "tool": "tool",
-    "function": "tool",
-}
-"""OpenAI's roles, and the ones that chat templates know for them."""
+MAX_NESTING: Final = 64
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ContentPart:
-    type: str
-    text: str | None = None
-    refusal: str | None = None
+class Wire(msgspec.Struct, frozen=True, kw_only=True):
+    """A JSON object. Of what comes in, fields that are not declared are skipped."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Message:
-    role: str
-    content: str | list[ContentPart] | None = None
-
-    def to_chat_message(self, where: str) -> ChatMessage:
-        """The message for a chat template; `where` is its path, for errors."""
-        if self.role not in ROLES:
-            known = ", ".join(f"'{role}'" for role in ROLES)
-            raise InvalidRequest(
-                f"Invalid value: {self.role[:64]!r}. Supported values are: {known}.",
-                param=f"{where}.role",
-            )
-        where += ".content"
-        if isinstance(self.content, list):
-            parts = [_text(part, f"{where}[{i}]") for i, part in enumerate(self.content)]
-            return ChatMessage(ROLES[self.role], "\n".join(parts))
-        if self.content is None and self.role != "assistant":
-            # Only an assistant's turn may be all tool calls and no text.
-            raise InvalidRequest(
-                "Invalid value for 'content': expected a string, got null.", param=where
-            )
-        return ChatMessage(ROLES[self.role], self.content or "")
+class ModelRequest(Wire, frozen=True, kw_only=True):
+    model: str
+    ttl: Annotated[float, Meta(gt=0)] | None = None
+    """LM Studio's: seconds without work after which the model is unloaded."""
 
 
-def _text(part: ContentPart, where: str) -> str:
-    if part.type not in ("text", "refusal"):
-        raise InvalidRequest(
-            f"Invalid content type {part.type[:64]!r}: this model takes text only.",
-            param=f"{where}.type",
-        )
-    text = part.text if part.type == "text" else part.refusal
-    if text is None:
-        raise _missing(f"{where}.{part.type}")
-    return text
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StreamOptions:
+class StreamOptions(Wire, frozen=True, kw_only=True):
     include_usage: bool | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ResponseFormat:
-    type: str
+class StructuredOutputs(Wire, frozen=True, kw_only=True):
+    """vLLM's; one of them."""
+
+    json: str | dict[str, Any] | None = None
+    """A JSON schema."""
+    json_object: bool | None = None
+    regex: str | None = None
+    choice: Annotated[list[str], Meta(min_length=1)] | None = None
+    grammar: str | None = None
+    """Lark or GBNF."""
+
+    def grammars(self, prefix: str) -> Iterator[tuple[str, Grammar]]:
+        """Each with the parameter that asks for it."""
+        if self.json is not None:
+            text = object_text(self.json, f"{prefix}json")
+            yield f"{prefix}json", Grammar("json_schema", text)
+        if self.json_object:
+            yield f"{prefix}json_object", Grammar("json_object", "")
+        if self.regex is not None:
+            yield f"{prefix}regex", Grammar("regex", self.regex)
+        if self.choice is not None:
+            yield f"{prefix}choice", Grammar("choice", msgspec.json.encode(self.choice).decode())
+        if self.grammar is not None:
+            yield f"{prefix}grammar", Grammar("grammar", self.grammar)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ChatCompletionRequest:
-    """The fields that matter here. OpenAI's others, and unknown ones, are skipped."""
+class SampledRequest(ModelRequest, frozen=True, kw_only=True):
+    """What chat completions and completions have in common."""
 
-    model: str
-    messages: Annotated[list[Message], Meta(min_length=1, max_length=4096)]
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     """Without `stream` OpenAI refuses it; LM Studio's clients send it always, so it is ignored."""
     service_tier: str | None = None
-    ttl: Annotated[float, Meta(gt=0)] | None = None
-    """LM Studio's: seconds without work after which the model is unloaded."""
 
     temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
     top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
@@ -126,33 +100,53 @@ class ChatCompletionRequest:
     """Everybody else's."""
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
-    logit_bias: Annotated[dict[TokenId, Bias], Meta(max_length=1024)] | None = None
+    logit_bias: Annotated[dict[TokenKey, Bias], Meta(max_length=1024)] | None = None
     seed: Seed | None = None
     """-1 is no seed, as in llama.cpp and so in LM Studio."""
     stop: StopString | Annotated[list[StopString], Meta(max_length=4)] | None = None
     max_tokens: CountOrNoLimit | None = None
     """-1 is no limit, LM Studio's habit."""
-    max_completion_tokens: CountOrNoLimit | None = None
 
-    n: Count | None = None
-    tools: list[Any] | None = None
-    tool_choice: Any = None
-    functions: list[Any] | None = None
-    function_call: Any = None
-    response_format: ResponseFormat | None = None
-    logprobs: bool | None = None
-    top_logprobs: Annotated[float, Meta(ge=0, le=20, multiple_of=1)] | None = None
-    modalities: list[str] | None = None
-    audio: Any = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: str | dict[str, Any] | None = None
+    """vLLM's older names for the same."""
+    guided_regex: str | None = None
+    guided_choice: Annotated[list[str], Meta(min_length=1)] | None = None
+    guided_grammar: str | None = None
 
     @property
     def include_usage(self) -> bool:
         return bool(self.stream_options and self.stream_options.include_usage)
 
-    def to_messages(self) -> list[ChatMessage]:
-        return [m.to_chat_message(f"messages[{i}]") for i, m in enumerate(self.messages)]
+    def grammars(self) -> Iterator[tuple[str, Grammar]]:
+        """What the answer must match, each with the parameter that asks for it."""
+        guided = StructuredOutputs(
+            json=self.guided_json,
+            regex=self.guided_regex,
+            choice=self.guided_choice,
+            grammar=self.guided_grammar,
+        )
+        yield from guided.grammars("guided_")
+        if self.structured_outputs is not None:
+            asked = list(self.structured_outputs.grammars("structured_outputs."))
+            if not asked:
+                what = "'structured_outputs' names no structure that is known here."
+                raise InvalidRequest(what, param="structured_outputs")
+            yield from asked
 
-    def to_sampling(self, defaults: SamplingDefaults) -> SamplingParams:
+    def to_grammar(self) -> Grammar | None:
+        asked = list(self.grammars())
+        if len(asked) > 1:
+            [first, _], [second, _], *_ = asked
+            raise InvalidRequest(
+                f"'{first}' and '{second}' cannot be combined: an answer can have one of them.",
+                param=second,
+            )
+        return asked[0][1] if asked else None
+
+    def to_sampling(
+        self, defaults: SamplingDefaults, *, max_tokens: int | None, logprobs: float | None
+    ) -> SamplingParams:
         top_k = _or(self.top_k, defaults.top_k)
         return SamplingParams(
             logit_bias={int(token): bias for token, bias in (self.logit_bias or {}).items()},
@@ -164,40 +158,79 @@ class ChatCompletionRequest:
             min_p=_or(self.min_p, defaults.min_p),
             temperature=_or(self.temperature, defaults.temperature),
             seed=None if self.seed in (None, -1) else int(self.seed),
-            max_tokens=self._max_tokens(),
+            max_tokens=max_tokens,
             stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()),
+            logprobs=None if logprobs is None else int(logprobs),
         )
 
-    def _max_tokens(self) -> int | None:
-        name = "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
-        limit: float | None = getattr(self, name)
+    def limit(self, param: str) -> int | None:
+        """The limit of tokens in the field `param`."""
+        limit: float | None = getattr(self, param)
         if limit is None or limit == -1:
             return None
         if limit < 1:
-            raise InvalidRequest(f"Invalid value for '{name}': expected 1 or more.", param=name)
+            raise InvalidRequest(f"Invalid value for '{param}': expected 1 or more.", param=param)
         return min(int(limit), MAX_COUNT)
 
-    def __post_init__(self) -> None:
-        """Refuse what is correct but not built."""
-        no_tool = (None, "none", "auto")
-        refused = {
-            "n": self.n is not None and self.n > 1,
-            "tools": self.tools,
-            "tool_choice": self.tool_choice not in no_tool,
-            "functions": self.functions,
-            "function_call": self.function_call not in no_tool,
-            "response_format": self.response_format and self.response_format.type != "text",
-            "logprobs": self.logprobs,
-            "top_logprobs": self.top_logprobs,
-            "modalities": any(modality != "text" for modality in self.modalities or ()),
-            "audio": self.audio is not None,
-        }
-        for param, wanted in refused.items():
-            if wanted:
-                raise UnsupportedParameter(
-                    f"Unsupported parameter: this value of '{param}' is not supported yet.",
-                    param=param,
-                )
+
+def refuse(**wanted: object) -> None:
+    """
+    Raises:
+        UnsupportedParameter: something that is correct, but not built, is wanted.
+    """
+    for param, value in wanted.items():
+        if value:
+            raise UnsupportedParameter(
+                f"Unsupported parameter: this value of '{param}' is not supported.", param=param
+            )
+
+
+def to_inputs(value: str | list[str | int | list[int]], param: str) -> list[str | list[int]]:
+    """A text, several, one's token ids or those of several: a list in each case."""
+    if isinstance(value, str):
+        return [value]
+    ids = [item for item in value if isinstance(item, int)]
+    if not ids:
+        return [item for item in value if not isinstance(item, int)]
+    if len(ids) < len(value):
+        kinds = [isinstance(item, int) for item in value]
+        raise InvalidRequest(
+            f"'{param}' mixes token ids with something else.",
+            param=f"{param}[{kinds.index(not kinds[0])}]",
+        )
+    return [ids]
+
+
+def object_text(value: str | dict[str, Any], param: str) -> str:
+    """The JSON of an object, which clients send as it is or as a string."""
+    try:
+        parsed = _decoder(dict[str, Any]).decode(value) if isinstance(value, str) else value
+    except (msgspec.DecodeError, RecursionError):
+        raise InvalidRequest(
+            f"Invalid value for '{param}': expected a JSON object.", param=param
+        ) from None
+    check_object(parsed, param)
+    return value if isinstance(value, str) else msgspec.json.encode(value).decode()
+
+
+def check_object(value: dict[str, Any], param: str) -> None:
+    """
+    Raises:
+        InvalidRequest: msgpack could not carry it, or a template not walk through it.
+    """
+    if not _plain(value, MAX_NESTING):
+        raise InvalidRequest(
+            f"Invalid value for '{param}': nested more than {MAX_NESTING} levels deep, "
+            "or a whole number of more than 64 bits.",
+            param=param,
+        )
+
+
+def _plain(value: object, levels: int) -> bool:
+    if isinstance(value, dict | list):
+        inner = value.values() if isinstance(value, dict) else value
+        return levels > 0 and all(_plain(item, levels - 1) for item in inner)
+    return not isinstance(value, int) or -(2**63) <= value < 2**64
 
 
 def _or(value: T | None, default: T) -> T:
@@ -234,39 +267,37 @@ def _invalid(message: str) -> InvalidRequest:
     assert match is not None  # both parts can be empty
     what = match["what"]
     path = (match["path"] or "").removesuffix("[...]")
-    if missing := _MISSING.fullmatch(what):
-        return _missing(f"{path}.{missing[1]}".lstrip("."))
+    if absent := _MISSING.fullmatch(what):
+        return missing(f"{path}.{absent[1]}".lstrip("."))
     if unknown := _UNKNOWN.fullmatch(what):
         path = f"{path}.{unknown[1]}".lstrip(".")
         return InvalidRequest(f"Unknown parameter: '{path}'.", param=path)
     where = f" for '{path}'" if path else ""
     what = what.replace("`", "").replace("float that's a multiple of 1.0", "a whole number")
+    what = what[:200]  # it may quote what the client has sent
     return InvalidRequest(f"Invalid value{where}: {what}.", param=path or None)
 
 
-def _missing(param: str) -> MissingParameter:
+def missing(param: str) -> MissingParameter:
     return MissingParameter(f"Missing required parameter: '{param}'.", param=param)
 
 
-# What goes out. Fields in OpenAI's order; None is sent as null, UNSET is not sent.
+# What goes out. None is sent as null, UNSET is not sent.
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PromptTokensDetails:
+class PromptTokensDetails(Wire, frozen=True, kw_only=True):
     cached_tokens: int
     audio_tokens: int = 0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CompletionTokensDetails:
+class CompletionTokensDetails(Wire, frozen=True, kw_only=True):
     reasoning_tokens: int = 0
     audio_tokens: int = 0
     accepted_prediction_tokens: int = 0
     rejected_prediction_tokens: int = 0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CompletionUsage:
+class CompletionUsage(Wire, frozen=True, kw_only=True):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
@@ -280,74 +311,33 @@ class CompletionUsage:
             completion_tokens=usage.completion_tokens,
             total_tokens=usage.prompt_tokens + usage.completion_tokens,
             prompt_tokens_details=PromptTokensDetails(cached_tokens=usage.cached_tokens),
-            completion_tokens_details=CompletionTokensDetails(),
+            completion_tokens_details=CompletionTokensDetails(
+                reasoning_tokens=usage.reasoning_tokens
+            ),
         )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ChatCompletionMessage:
-    role: Literal["assistant"] = "assistant"
-    content: str
-    refusal: None = None
-    annotations: list[Any] = field(default_factory=list)
+class Answer(Wire, frozen=True, kw_only=True):
+    """A completion of any kind, or a piece of it."""
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Choice:
-    index: int = 0
-    message: ChatCompletionMessage
-    logprobs: None = None
-    finish_reason: str | None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ChatCompletion:
     id: str
-    object: Literal["chat.completion"] = "chat.completion"
+    object: str
     created: int
     model: str
-    choices: list[Choice]
-    usage: CompletionUsage | UnsetType | None
-    service_tier: str | UnsetType = UNSET
-    system_fingerprint: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ChoiceDelta:
-    role: Literal["assistant"] | UnsetType = UNSET
-    content: str | UnsetType = UNSET
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ChunkChoice:
-    index: int = 0
-    delta: ChoiceDelta
-    logprobs: None = None
-    finish_reason: str | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ChatCompletionChunk:
-    id: str
-    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
-    created: int
-    model: str
-    service_tier: str | UnsetType = UNSET
-    system_fingerprint: str
-    choices: list[ChunkChoice]
+    choices: Sequence[Any]
     usage: CompletionUsage | UnsetType | None = UNSET
-    """With `include_usage`: null, except in the last chunk. Without it: not there at all."""
+    """Of a piece, with `include_usage`: null, except in the last one. Without it: not there."""
+    service_tier: str | UnsetType = UNSET
+    system_fingerprint: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Model:
+class Model(Wire, frozen=True, kw_only=True):
     id: str
     object: Literal["model"] = "model"
     created: int
     owned_by: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModelList:
+class ModelList(Wire, frozen=True, kw_only=True):
     object: Literal["list"] = "list"
     data: list[Model]

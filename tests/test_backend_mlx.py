@@ -13,15 +13,24 @@ import mlx.core as mx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pytest import approx
 from tokenizers import Tokenizer, decoders
 from tokenizers.models import BPE
 
-from lmx.backends import BackendBroken, PrefillRate, Sequence, SequenceFailed, StepEvent, TokenEvent
-from lmx.backends.mlx import MLXBackend, _template, token_bytes
+from lmx.backends import (
+    BackendBroken,
+    PrefillRate,
+    Sequence,
+    SequenceFailed,
+    StepEvent,
+    TokenEvent,
+    Vocabulary,
+)
+from lmx.backends.mlx import MLXBackend, _template, vocabulary
 from lmx.backends.mlx_sampling import Adjustments, Sampler
 from lmx.config import EngineSettings
 from lmx.errors import InsufficientMemory, ModelLoadFailed
-from lmx.generation import ChatMessage, SamplingParams
+from lmx.generation import SamplingParams
 
 from . import models
 from .models import PLENTY
@@ -75,6 +84,13 @@ def sequence(
     return Sequence(uid, backend.tokenize(text), max_tokens, params)
 
 
+def text_of(backend: MLXBackend, events: list[StepEvent], uid: int = 1) -> str:
+    """What a sequence's tokens stand for; its end token is nothing."""
+    known = backend.vocabulary
+    tokens = [e.token for e in events if isinstance(e, TokenEvent) and e.uid == uid]
+    return b"".join(known.tokens[t] for t in tokens if t not in known.end).decode(errors="replace")
+
+
 def complete(
     backend: MLXBackend,
     sequences: list[Sequence],
@@ -83,17 +99,16 @@ def complete(
     """All sequences run together to their ends: their texts."""
     for one in sequences:
         backend.add(one)
-    texts = {one.uid: "" for one in sequences}
-    running = set(texts)
+    seen: list[StepEvent] = []
+    running = {one.uid for one in sequences}
     while running:
         events = backend.step()
         each_step(events)
+        seen += events
         for event in events:
-            if isinstance(event, TokenEvent):
-                texts[event.uid] += event.text
-            if isinstance(event, SequenceFailed) or event.finish:
+            if not isinstance(event, TokenEvent) or event.finish:
                 running.discard(event.uid)
-    return texts
+    return {one.uid: text_of(backend, seen, one.uid) for one in sequences}
 
 
 def test_mlx_lm_never_wires_memory(tiny: MLXBackend, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,7 +120,7 @@ def test_mlx_lm_never_wires_memory(tiny: MLXBackend, monkeypatch: pytest.MonkeyP
     tiny._new_generator().close()
     assert calls == []
     module = sys.modules["mlx_lm.generate"]
-    assert module.BatchGenerator is sys.modules["lmx.backends.mlx"].BatchGenerator
+    assert module.BatchGenerator is sys.modules["lmx.backends.mlx_batch"].BatchGenerator
 
 
 def test_a_greedy_answer_does_not_depend_on_its_neighbours(smollm2: MLXBackend) -> None:
@@ -143,7 +158,8 @@ def test_the_end_token_ends_an_answer(smollm2: MLXBackend) -> None:
     events: list[StepEvent] = []
     texts = complete(smollm2, [Sequence(1, chat(smollm2, "Say hi."), 60, GREEDY)], events.extend)
     assert texts[1] and "<|im_end|>" not in texts[1]
-    assert events[-1] == TokenEvent(1, "", "stop")
+    [end] = smollm2.tokenize("<|im_end|>")
+    assert events[-1] == TokenEvent(1, end, "stop")
 
 
 @pytest.mark.parametrize("max_tokens", [1, 2, 7])
@@ -253,10 +269,10 @@ def test_adjustments(params: SamplingParams, expected: list[float]) -> None:
     logits = mx.array([[1.0, 2.0, -3.0, 4.0]])
     steps = Adjustments(params, [0, 0], [])
     steps(mx.array([0]), logits)
-    steps(mx.array([0, 1]), logits)
-    assert steps(mx.array([0, 1, 1]), logits).tolist() == [expected]
+    steps(mx.array([1]), logits)
+    assert steps(mx.array([1]), logits).tolist() == [expected]
     resumed = Adjustments(params, [0, 0], [1, 1])
-    assert resumed(mx.array([0, 1, 1]), logits).tolist() == [expected]
+    assert resumed(mx.array([1]), logits).tolist() == [expected]
 
 
 def test_repetition_penalty_lowers_negative_logits() -> None:
@@ -276,55 +292,33 @@ def test_logit_bias_forces_a_token(tiny: MLXBackend, bias: dict[int, float], tex
     assert (answer == wanted * 3) is text
 
 
-def test_split_characters_are_held_back(tiny: MLXBackend) -> None:
-    """Half an emoji is never text; at the end what is left over becomes a replacement character."""
-    tokens = tiny.tokenize(" ok 🦆🦆é")
-    pieces: list[str] = []
-    tiny.add(sequence(tiny, 1, "a", 100))
-    tiny.step()
-    [inner] = tiny._rows
-    for token in tokens:
-        event = tiny._token_event(SimpleNamespace(uid=inner, token=token, finish_reason=None))
-        assert isinstance(event, TokenEvent)
-        pieces.append(event.text)
-    assert "".join(pieces) == " ok 🦆🦆é" and "" in pieces
-    half = tiny.tokenize("🦆")[0]
-    last = tiny._token_event(SimpleNamespace(uid=inner, token=half, finish_reason="length"))
-    assert isinstance(last, TokenEvent) and set(last.text) == {"\ufffd"}
-    tiny._generator.remove([inner])
-
-
 @given(st.text(st.characters(exclude_categories=["Cs"], max_codepoint=0x3FFFF), max_size=40))
 def test_the_bytes_of_tokens_are_their_text(text: str) -> None:
     """Whatever is tokenized comes back, byte for byte, control tokens apart."""
-    tokenizer, pieces = smollm2_bytes()
-    data = b"".join(pieces[id] for id in tokenizer.encode(text, add_special_tokens=False).ids)
+    tokenizer, known = smollm2_vocabulary()
+    ids = tokenizer.encode(text, add_special_tokens=False).ids
+    data = b"".join(known.tokens[id] for id in ids)
     # SmolLM2 has no token for some bytes, which its tokenizer drops.
-    known = {byte for piece in pieces.values() for byte in piece}
-    assert data == bytes(byte for byte in text.encode() if byte in known)
+    bytes_known = {byte for piece in known.tokens for byte in piece}
+    assert data == bytes(byte for byte in text.encode() if byte in bytes_known)
 
 
 @cache
-def smollm2_bytes() -> tuple[Tokenizer, dict[int, bytes]]:
+def smollm2_vocabulary() -> tuple[Tokenizer, Vocabulary]:
     tokenizer = Tokenizer.from_file(str(models.smollm2_mlx() / "tokenizer.json"))
-    return tokenizer, token_bytes(tokenizer)
+    return tokenizer, vocabulary(tokenizer, [2])
 
 
 def test_the_bytes_of_sentencepiece_tokens() -> None:
-    """Byte tokens are bytes, the low line is a space, control tokens are nothing."""
-    vocabulary = {"<s>": 0, "<0xF0>": 1, "\u2581cat": 2, "é": 3, "<tool>": 4, "<0xg0>": 5}
-    tokenizer = Tokenizer(BPE(vocabulary, []))
+    """Byte tokens are bytes, the low line is a space, control tokens have their name."""
+    ids = {"<s>": 0, "<0xF0>": 1, "\u2581cat": 2, "é": 3, "<tool>": 4, "<0xg0>": 5}
+    tokenizer = Tokenizer(BPE(ids, []))
     tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
     tokenizer.add_special_tokens(["<s>"])
     tokenizer.add_tokens(["<tool>"])
-    assert token_bytes(tokenizer) == {
-        0: b"",
-        1: b"\xf0",
-        2: b" cat",
-        3: "é".encode(),
-        4: b"<tool>",
-        5: b"<0xg0>",
-    }
+    known = vocabulary(tokenizer, {0})
+    assert known.tokens == [b"<s>", b"\xf0", b" cat", "é".encode(), b"<tool>", b"<0xg0>"]
+    assert known.control == known.end == {0}
 
 
 def narrow_slices(path: Path, monkeypatch: pytest.MonkeyPatch) -> MLXBackend:
@@ -345,9 +339,9 @@ def test_a_sequence_can_be_removed_at_any_time(
     while not any(isinstance(event, TokenEvent) for event in backend.step()):
         pass
     backend.add(sequence(backend, 2, "word " * 100, 50))
-    text = ""
+    events: list[StepEvent] = []
     for _ in range(steps):
-        text += "".join(e.text for e in backend.step() if isinstance(e, TokenEvent) and e.uid == 1)
+        events += backend.step()
     backend.remove(2)
     backend.remove(2)
     backend.remove(77)
@@ -356,9 +350,9 @@ def test_a_sequence_can_be_removed_at_any_time(
     while not done:
         for event in backend.step():
             assert isinstance(event, TokenEvent) and event.uid == 1
-            text += event.text
+            events.append(event)
             done = event.finish is not None
-    assert alone[1].endswith(text)
+    assert alone[1].endswith(text_of(backend, events))
     assert not backend._rows and not backend._waiting
 
 
@@ -520,7 +514,7 @@ def test_a_failed_step_fails_the_newcomer_only(
     assert "Unable to allocate" in failed.error.message
     while not (isinstance(events[-1], TokenEvent) and events[-1].finish):
         events += tiny.step()
-    assert "".join(e.text for e in events if isinstance(e, TokenEvent)) == alone
+    assert text_of(tiny, events) == alone
 
 
 def test_a_failed_step_without_a_suspect_fails_all(
@@ -638,13 +632,163 @@ def test_mlx_lm_renders_where_a_model_has_no_template() -> None:
         has_chat_template=True,
         bos_token=None,
         eos_token=None,
-        apply_chat_template=lambda messages, tokenize, add_generation_prompt: str(messages),
+        apply_chat_template=lambda messages, tools, tokenize, add_generation_prompt: str(messages),
     )
-    message = ChatMessage("user", "x")
+    message = {"role": "user", "content": "x"}
     rendered = _template(said, EngineSettings())
-    assert rendered and rendered.render([message]) == "[{'role': 'user', 'content': 'x'}]"
+    assert rendered and rendered.render([message]) == str([message])
     said.chat_template = {"tool_use": "no", "default": "yes"}
     rendered = _template(said, EngineSettings())
     assert rendered and rendered.render([message]) == "yes"
     said.chat_template, said.has_chat_template = None, False
     assert _template(said, EngineSettings()) is None
+
+
+def reference(backend: MLXBackend, tokens: list[int]) -> mx.array:
+    """Log-probabilities after these tokens, straight from the model."""
+    logits: mx.array = backend._model(mx.array([tokens]))[0, -1].astype(mx.float32)
+    return logits - mx.logsumexp(logits)
+
+
+def test_logprobs_are_the_models(smollm2: MLXBackend) -> None:
+    """Of each greedy token and the likeliest, in a batch with others: what the model alone gives,
+    whatever bias, penalty or grammar did to the choice."""
+    biased = SamplingParams(temperature=0, logprobs=2, logit_bias={9: 100.0})
+    several = [
+        sequence(smollm2, 1, BEGINNINGS[0], 6, SamplingParams(temperature=0, logprobs=5)),
+        sequence(smollm2, 2, BEGINNINGS[1], 4, GREEDY),
+        sequence(smollm2, 3, BEGINNINGS[2], 4, biased),
+        sequence(smollm2, 4, BEGINNINGS[3], 4, SamplingParams(logprobs=0)),
+    ]
+    events: list[StepEvent] = []
+    complete(smollm2, several, events.extend)
+    for one in several:
+        tokens = list(one.prompt)
+        for event in events:
+            if not isinstance(event, TokenEvent) or event.uid != one.uid:
+                continue
+            if one.params.logprobs is None:
+                assert event.logprobs is None
+                continue
+            assert event.logprobs is not None
+            expected = reference(smollm2, tokens)
+            assert event.logprobs.logprob == approx(expected[event.token].item(), abs=1e-3)
+            top = event.logprobs.top
+            assert len(top) == one.params.logprobs
+            assert [lp for _, lp in top] == sorted((lp for _, lp in top), reverse=True)
+            assert all(lp == approx(expected[id].item(), abs=1e-3) for id, lp in top)
+            tokens.append(event.token)
+
+
+def test_answers_to_one_prompt_share_its_prefill(
+    smollm2: MLXBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The prompt is computed once for all of them, and each text is what it is alone."""
+    computed = 0
+    call = type(smollm2._model).__call__
+
+    def count(self: Any, inputs: mx.array, *args: Any, **kwargs: Any) -> Any:
+        nonlocal computed
+        computed += inputs.size
+        return call(self, inputs, *args, **kwargs)
+
+    prompt = chat(smollm2, "Name three colours, and then tell me a story about each of them.")
+    params = [SamplingParams(temperature=1.0, seed=seed) for seed in range(4)]
+    several = [Sequence(uid, prompt, 8, p) for uid, p in enumerate(params)]
+    alone = [complete(smollm2, [one])[one.uid] for one in several]
+    monkeypatch.setattr(type(smollm2._model), "__call__", count)
+    neighbour = sequence(smollm2, 9, "The sea", 10)
+    together = complete(smollm2, [*several, neighbour])
+    assert [together[n] for n in range(4)] == alone and len(set(alone)) > 1
+    decoded = 4 * 8 + 10
+    # One token a row is drawn in vain at the end: mlx-lm decodes a step ahead.
+    assert len(prompt) + decoded <= computed <= len(prompt) + decoded + 4 * 8
+
+
+@pytest.mark.parametrize("gone", [0, 1, 3], ids=["leader", "follower", "last"])
+@pytest.mark.parametrize("steps", [0, 1, 2, 9])
+def test_one_of_the_answers_can_leave(
+    tiny_path: Path, gone: int, steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Removed while the common prompt is prefilled or later, it does not change the others."""
+    backend = narrow_slices(tiny_path, monkeypatch)
+    prompt = backend.tokenize("word " * 70)
+    forever = {0: -100.0, 2: -100.0}
+    several = [
+        Sequence(n, prompt, 12, SamplingParams(seed=n, logit_bias=forever)) for n in range(4)
+    ]
+    alone = {s.uid: complete(backend, [s])[s.uid] for s in several}
+    for one in several:
+        backend.add(one)
+    events = [event for _ in range(steps) for event in backend.step()]
+    backend.remove(gone)
+    while backend._rows or backend._waiting:
+        events += backend.step()
+    assert {n: text_of(backend, events, n) for n in range(4) if n != gone} == {
+        n: alone[n] for n in range(4) if n != gone
+    }
+
+
+class Only:
+    """A constraint to these tokens in turn, then to the end token."""
+
+    def __init__(self, backend: MLXBackend, tokens: list[int]) -> None:
+        self._size = len(backend.vocabulary.tokens)
+        self._tokens = [*tokens, min(backend.vocabulary.end)]
+        self._at = 0
+
+    def restart(self, answer: list[int]) -> None:
+        self._at = len(answer)
+
+    def accept(self, token: int) -> None:
+        assert token == self._tokens[self._at]
+        self._at += 1
+
+    def mask(self) -> bytes | None:
+        if self._at >= len(self._tokens):
+            return None
+        mask = bytearray(-(-self._size // 32) * 4)
+        token = self._tokens[self._at]
+        mask[token // 8] |= 1 << token % 8
+        return bytes(mask)
+
+
+def test_a_constraint_holds_its_row_and_no_other(tiny: MLXBackend) -> None:
+    """Greedy, hot and penalized rows write what they are forced to, beside free ones that write
+    what they write alone."""
+    free = sequence(tiny, 1, "free as a bird", 8, SamplingParams(seed=3))
+    alone = complete(tiny, [free])[1]
+    wanted = " exactly this, and no more"
+    forced = [
+        Sequence(n, tiny.tokenize(f"{n} x"), 50, params, Only(tiny, tiny.tokenize(wanted)))
+        for n, params in enumerate(
+            [
+                GREEDY,
+                SamplingParams(temperature=1.5),
+                SamplingParams(seed=1, top_k=3, min_p=0.1),
+                SamplingParams(repetition_penalty=1.5, logprobs=1),
+            ],
+            start=2,
+        )
+    ]
+    texts = complete(tiny, [forced[0], free, *forced[1:]])
+    assert texts == {1: alone, 2: wanted, 3: wanted, 4: wanted, 5: wanted}
+
+
+def test_a_constrained_row_survives_its_return_to_the_queue(tiny_path: Path) -> None:
+    """When it comes back the constraint goes on where it was."""
+    backend = MLXBackend(tiny_path, EngineSettings(), STEP_BYTES)
+    tokens = backend.tokenize("a b c d e f g h " * 12)
+    several = [
+        Sequence(n, backend.tokenize(f"{n} " + "a " * 180), 200, GREEDY, Only(backend, tokens))
+        for n in range(2)
+    ]
+    backend.grant(2 * STEP_BYTES)
+    shrunk = False
+
+    def shrink(events: list[StepEvent]) -> None:
+        nonlocal shrunk
+        shrunk = shrunk or backend.grant(STEP_BYTES).kv_bytes == 0
+
+    texts = complete(backend, several, shrink)
+    assert texts[0] == "a b c d e f g h " * 12

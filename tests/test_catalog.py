@@ -163,7 +163,11 @@ def header(length: int) -> Damage:
         (settings(model_type="xlstm"), "mlx-lm knows no model_type 'xlstm'"),
         (settings(model_type="../../evil"), "mlx-lm knows no model_type"),
         (settings(model_type=None), "mlx-lm knows no model_type"),
-        (settings(model_type="modernbert"), "embedding models are not served yet"),
+        (settings(model_type="modernbert"), "of type modernbert are not supported"),
+        (settings(model_type="bert", position_embedding_type="alibi"), "alibi"),
+        (text("modules.json", '[{"type": "x.Dense", "path": "2_Dense"}]'), "a module Dense"),
+        (text("modules.json", "[]"), None),
+        (settings(model_type="bert"), None),
         (settings(model_file="evil.py"), "which LMX never does"),
         (text("config.json", "[]"), "not a JSON object"),
         (text("config.json", "1"), "not a JSON object"),
@@ -202,9 +206,7 @@ def test_an_mlx_model_that_cannot_be_loaded_says_why(
 @pytest.mark.parametrize(
     ("name", "metadata", "error"),
     [
-        ("x.gguf", {"general__architecture": "bert"}, "embedding models are not served yet"),
-        ("x.gguf", {"general__architecture": "nomic-bert"}, "embedding models are not served yet"),
-        ("x.gguf", {"llama__pooling_type": 1}, "embedding models are not served yet"),
+        ("x.gguf", {"llama__pooling_type": 4}, "a reranker"),
         ("x.gguf", {"general__architecture": 7}, "general.architecture is 7"),
         ("x-00001-of-00003.gguf", {}, "of 3 parts there are 1"),
         ("x-00001-of-99999.gguf", {}, "of 99999 parts there are 1"),
@@ -213,12 +215,58 @@ def test_an_mlx_model_that_cannot_be_loaded_says_why(
 def test_a_gguf_model_that_cannot_be_loaded_says_why(
     tmp_path: Path, name: str, metadata: dict[str, Any], error: str
 ) -> None:
-    """Embedding models, missing parts and damaged headers are named."""
+    """Rerankers, missing parts and damaged headers are named."""
     gguf_file(tmp_path / "p/m" / name, **metadata)
     [model] = find_models(config(tmp_path))
     assert error in (model.error or "") and not model.usable
-    assert model.id == ("text-embedding-x" if "embedding" in error else "x")
-    assert model.kind == ("embedding" if "embedding" in error else "chat")
+    assert (model.id, model.kind) == ("x", "chat")
+
+
+@pytest.mark.parametrize(
+    ("name", "facts", "embeds"),
+    [
+        ("p/x/x.gguf", {"general__architecture": "bert"}, True),
+        ("p/x/x.gguf", {"general__architecture": "nomic-bert"}, True),
+        ("p/x/x.gguf", {"llama__pooling_type": 1}, True),
+        ("p/x/x.gguf", {"llama__pooling_type": 0}, False),
+        ("p/x/Qwen3-Embedding-0.6B-Q8_0.gguf", {}, True),
+        ("p/x-embedding/x.gguf", {}, False),
+        ("p/x", {"model_type": "xlm-roberta"}, True),
+        ("p/x", {}, False),
+        ("p/Qwen3-Embedding-0.6B-4bit-DWQ", {}, True),
+        ("p/e5-mistral-7b-instruct-4bit", {}, True),
+        ("p/gte-Qwen2-1.5B-instruct-4bit", {}, True),
+        ("p/Linq-Embed-Mistral", {}, True),
+        ("p/SmolLM2-1.7B-gte5-Instruct", {}, False),
+        ("p/Embedded-Coder-7B", {}, False),
+    ],
+)
+def test_embedding_models_are_known(
+    tmp_path: Path, name: str, facts: dict[str, Any], embeds: bool
+) -> None:
+    """By architecture, pooling or name, which their ids then tell; MLX keeps no KV of them."""
+    make = gguf_file if name.endswith(".gguf") else mlx_folder
+    make(tmp_path / name, **facts)
+    [model] = find_models(config(tmp_path))
+    assert (model.kind, model.error) == ("embedding" if embeds else "chat", None)
+    assert model.id.startswith("text-embedding-") == embeds
+    assert (model.kv_cache is None) == (embeds and model.format == "mlx")
+
+
+def test_sentence_transformers_files_make_a_decoder_an_embedder(tmp_path: Path) -> None:
+    """Whatever its name."""
+    (mlx_folder(tmp_path / "p" / "x") / "1_Pooling").mkdir()
+    (tmp_path / "p/x/1_Pooling/config.json").write_text('{"pooling_mode_lasttoken": true}')
+    [model] = find_models(config(tmp_path))
+    assert (model.kind, model.error) == ("embedding", None)
+
+
+def test_a_name_in_hugging_faces_cache_is_the_repositorys(tmp_path: Path, home: Path) -> None:
+    """The folder of the files has a commit's."""
+    hub = home / ".cache/huggingface/hub"
+    mlx_folder(hub / "models--p--Qwen3-Embedding-0.6B-4bit/snapshots/c0ffee")
+    [model] = find_models(config(tmp_path / "none", "huggingface"))
+    assert (model.id, model.kind) == ("text-embedding-qwen3-embedding-0.6b", "embedding")
 
 
 def test_a_damaged_part_is_found(tmp_path: Path) -> None:
@@ -286,6 +334,16 @@ def test_a_fallback_makes_a_model_usable(tmp_path: Path) -> None:
     put(tmp_path, "q/m/m-Q8_0.gguf")
     model = named("m", find_models(config(tmp_path)))
     assert model and model.error and model.usable and model.format == "mlx"
+
+
+def test_embedding_models_fall_back_to_their_own_kind(tmp_path: Path) -> None:
+    """What MLX cannot embed llama.cpp does; a chat model of that name is another model."""
+    mlx_folder(tmp_path / "p" / "m", model_type="modernbert")
+    gguf_file(tmp_path / "q/m/m-Q4_0.gguf")
+    gguf_file(tmp_path / "q/m/m-Q8_0.gguf", general__architecture="modern-bert")
+    model = named("text-embedding-m", find_models(config(tmp_path)))
+    assert model and model.format == "mlx" and model.error and model.usable
+    assert model.fallback and model.fallback.path.name == "m-Q8_0.gguf"
 
 
 def test_the_configuration_chooses_the_weights(tmp_path: Path) -> None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from lmx.chat_template import ChatTemplate
 from lmx.errors import InvalidRequest, ModelLoadFailed
-from lmx.generation import ChatMessage
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content']"
@@ -47,10 +47,10 @@ BUSY = """\
 {%- endfor %}
 """
 MESSAGES = [
-    ChatMessage("system", "Be brief."),
-    ChatMessage("user", "Hi <you>\nthere"),
-    ChatMessage("assistant", "<think>hm</think> Hello. "),
-    ChatMessage("user", "Bye"),
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "Hi <you>\nthere"},
+    {"role": "assistant", "content": "<think>hm</think> Hello. "},
+    {"role": "user", "content": "Bye"},
 ]
 
 
@@ -94,7 +94,7 @@ def test_same_as_transformers(source: str) -> None:
     from transformers.utils.chat_template_utils import render_jinja_template
 
     (expected,), _ = render_jinja_template(
-        [[{"role": m.role, "content": m.content} for m in MESSAGES]],
+        [MESSAGES],
         chat_template=source,
         add_generation_prompt=True,
         bos_token="<s>",
@@ -237,17 +237,44 @@ def test_endless_template_ends(source: str) -> None:
 def test_threads_share_a_template() -> None:
     """Each rendering has its own deadline; many at once do not disturb each other."""
     template = ChatTemplate("{% for m in messages %}{{ m.content }}{% endfor %}")
-    expected = "".join(m.content for m in MESSAGES)
+    expected = "".join(m["content"] for m in MESSAGES)
     with ThreadPoolExecutor(4) as pool:
         assert set(pool.map(template.render, [MESSAGES] * 100)) == {expected}
 
 
 def test_long_conversations_fit() -> None:
     """A prompt of ten million characters stays within the default limits."""
-    messages = [ChatMessage("user", "x" * 100_000), ChatMessage("assistant", "y" * 100_000)] * 50
+    pair = [("user", "x" * 100_000), ("assistant", "y" * 100_000)]
+    messages = [{"role": role, "content": content} for role, content in pair] * 50
     assert len(ChatTemplate(CHATML).render(messages)) > 10_000_000
 
 
 def test_strftime_now() -> None:
     """Templates may print today's date."""
     assert re.fullmatch(r"\d{4}-\d\d-\d\d", render("{{ strftime_now('%Y-%m-%d') }}"))
+
+
+def test_tools_and_variables() -> None:
+    """The template sees the tools and the request's own variables; it keeps its own source."""
+    template = ChatTemplate("{{ tools[0].name }} {{ enable_thinking }} {{ documents }}")
+    variables = {"enable_thinking": False, "documents": [1], "self": 2}
+    assert template.render(MESSAGES, [{"name": "f"}], variables) == "f False [1]"
+    assert template.source == "{{ tools[0].name }} {{ enable_thinking }} {{ documents }}"
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {"messages": []},
+        {"tools": None},
+        {"add_generation_prompt": False},
+        {"bos_token": ""},
+        {"x": 1, "eos_token": "x"},
+    ],
+    ids=lambda kwargs: [*kwargs][-1],
+)
+def test_reserved_variables(kwargs: Mapping[str, object]) -> None:
+    """What makes the prompt a prompt is not the request's to set."""
+    with pytest.raises(InvalidRequest, match=f"'{[*kwargs][-1]}' cannot be set") as caught:
+        ChatTemplate(CHATML).render(MESSAGES, None, dict(kwargs))
+    assert caught.value.param == "chat_template_kwargs"

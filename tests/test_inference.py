@@ -21,10 +21,10 @@ from lmx.errors import (
     RunnerDied,
     ServerStopping,
 )
-from lmx.generation import ChatMessage, SamplingParams
 from lmx.inference import Generation, InferenceQueue, Runner, runner_environment
-from lmx.messages import Delta, Finished, Load
+from lmx.messages import Finished, Load
 
+from .asking import chat, content, delta
 from .fake_runner import COMMAND
 
 pytestmark = pytest.mark.anyio
@@ -48,12 +48,8 @@ async def started(tmp_path: Path, config: Config | None = None) -> AsyncIterator
             await runner.stop()
 
 
-def say(text: str) -> list[ChatMessage]:
-    return [ChatMessage("user", text)]
-
-
 async def text_of(generation: Generation) -> str:
-    return "".join([e.text async for events in generation for e in events if isinstance(e, Delta)])
+    return content([e async for events in generation for e in events])
 
 
 async def until_idle(runner: Runner) -> None:
@@ -66,10 +62,10 @@ async def test_a_generation_streams_what_the_runner_says(tmp_path: Path) -> None
     queue = InferenceQueue(Config())
     async with started(tmp_path) as runner:
         assert runner.loaded is not None and runner.loaded.engine == "fake 1.0"
-        async with queue.generate(runner, say("a b c"), SamplingParams()) as generation:
+        async with queue.generate(runner, chat("a b c")) as generation:
             assert generation.prompt_tokens == 3
             events = [event async for batch in generation for event in batch]
-        assert "".join(e.text for e in events if isinstance(e, Delta)) == "a b c "
+        assert content(events) == "a b c "
         assert [e for e in events if isinstance(e, Finished)] == [events[-1]]
         assert runner.active == 0
 
@@ -82,7 +78,7 @@ async def test_many_generations_at_once(tmp_path: Path) -> None:
 
         async def one(number: int) -> None:
             words = f"{number} " * 5
-            async with queue.generate(runner, say(words), SamplingParams()) as generation:
+            async with queue.generate(runner, chat(words)) as generation:
                 answers[number] = await text_of(generation)
 
         async with anyio.create_task_group() as tasks:
@@ -107,7 +103,7 @@ async def test_a_failure_reaches_its_request(
     queue = InferenceQueue(Config())
     async with started(tmp_path) as runner:
         with pytest.raises(error):
-            async with queue.generate(runner, say(text), SamplingParams()) as generation:
+            async with queue.generate(runner, chat(text)) as generation:
                 await text_of(generation)
         assert runner.active == 0
 
@@ -116,7 +112,7 @@ async def test_a_dead_runner_says_how_it_died(tmp_path: Path) -> None:
     """The error names the signal or exit code, and new requests are refused at once."""
     queue = InferenceQueue(Config())
     async with started(tmp_path) as runner:
-        async with queue.generate(runner, say("FOREVER a"), SamplingParams()) as generation:
+        async with queue.generate(runner, chat("FOREVER a")) as generation:
             batches = aiter(generation)
             await anext(batches)
             assert runner.pid is not None
@@ -125,7 +121,7 @@ async def test_a_dead_runner_says_how_it_died(tmp_path: Path) -> None:
                 while True:
                     await anext(batches)
         with pytest.raises(RunnerDied, match="signal 9"):
-            async with queue.generate(runner, say("a"), SamplingParams()):
+            async with queue.generate(runner, chat("a")):
                 raise AssertionError("accepted by a dead runner")
 
 
@@ -134,7 +130,7 @@ async def test_a_refused_prompt_raises_on_entering(tmp_path: Path) -> None:
     queue = InferenceQueue(Config())
     async with started(tmp_path, Config(engine=EngineSettings(context_length=16))) as runner:
         with pytest.raises(ContextLengthExceeded, match=r"16 tokens.*has 20"):
-            async with queue.generate(runner, say("w " * 20), SamplingParams()):
+            async with queue.generate(runner, chat("w " * 20)):
                 raise AssertionError("accepted")
         assert runner.active == 0
 
@@ -143,12 +139,12 @@ async def test_leaving_a_generation_cancels_it(tmp_path: Path) -> None:
     """A client that goes away frees its row; nobody has to read its events."""
     queue = InferenceQueue(Config())
     async with started(tmp_path) as runner:
-        async with queue.generate(runner, say("FOREVER a"), SamplingParams()) as generation:
+        async with queue.generate(runner, chat("FOREVER a")) as generation:
             await anext(aiter(generation))
         with anyio.fail_after(10):
             while runner.active:
                 await anyio.lowlevel.checkpoint()
-        async with queue.generate(runner, say("still here"), SamplingParams()) as generation:
+        async with queue.generate(runner, chat("still here")) as generation:
             assert await text_of(generation) == "still here "
 
 
@@ -156,19 +152,19 @@ async def test_events_wait_for_a_slow_reader_in_one_list(tmp_path: Path) -> None
     """What arrives while the reader is busy comes with its next look, none lost, in order."""
     generation = Generation(1)
     for number in range(3):
-        generation.put(Delta(1, str(number), number))
-    generation.put(Finished(1, "stop", 3))
+        generation.put(delta(1, str(number), number))
+    generation.put(Finished(1, 3))
     batches = [batch async for batch in generation]
-    assert batches == [[*(Delta(1, str(n), n) for n in range(3)), Finished(1, "stop", 3)]]
+    assert batches == [[*(delta(1, str(n), n) for n in range(3)), Finished(1, 3)]]
 
 
 async def test_an_error_comes_after_the_events_before_it(tmp_path: Path) -> None:
     """Text that has arrived is delivered before the failure is."""
     generation = Generation(1)
-    generation.put(Delta(1, "a", 1))
+    generation.put(delta(1, "a", 1))
     generation.fail(GenerationFailed("no"))
     batches = aiter(generation)
-    assert await anext(batches) == [Delta(1, "a", 1)]
+    assert await anext(batches) == [delta(1, "a", 1)]
     with pytest.raises(GenerationFailed):
         await anext(batches)
 
@@ -186,9 +182,9 @@ async def test_an_error_does_not_overtake_text_that_came_with_it(tmp_path: Path)
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(read)
         await anyio.wait_all_tasks_blocked()
-        generation.put(Delta(1, "a", 1))
+        generation.put(delta(1, "a", 1))
         generation.fail(GenerationFailed("no"))
-    assert seen == [Delta(1, "a", 1)]
+    assert seen == [delta(1, "a", 1)]
 
 
 @pytest.mark.parametrize(
@@ -262,7 +258,7 @@ async def test_a_wedged_runner_is_ended(tmp_path: Path, monkeypatch: pytest.Monk
     queue = InferenceQueue(Config())
     async with started(tmp_path, Config(engine=LONG, step_timeout_seconds=0.5)) as runner:
         with pytest.raises(RunnerDied, match="took no step"):
-            async with queue.generate(runner, say("HANG"), SamplingParams()) as generation:
+            async with queue.generate(runner, chat("HANG")) as generation:
                 await text_of(generation)
         await runner.ended.wait()
 
@@ -271,7 +267,7 @@ async def test_stopping_a_runner_ends_its_process(tmp_path: Path) -> None:
     """A running request gets a clear error, and the process is gone."""
     queue = InferenceQueue(Config())
     async with started(tmp_path) as runner:
-        async with queue.generate(runner, say("FOREVER a"), SamplingParams()) as generation:
+        async with queue.generate(runner, chat("FOREVER a")) as generation:
             batches = aiter(generation)
             await anext(batches)
             await runner.stop()
@@ -305,7 +301,7 @@ async def test_abort_fails_what_runs(tmp_path: Path) -> None:
     """At the end of the grace period every open request gets its last event."""
     queue = InferenceQueue(Config())
     async with started(tmp_path) as runner:
-        async with queue.generate(runner, say("FOREVER a"), SamplingParams()) as generation:
+        async with queue.generate(runner, chat("FOREVER a")) as generation:
             batches = aiter(generation)
             await anext(batches)
             queue.abort()

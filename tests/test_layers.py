@@ -18,15 +18,18 @@ LAYERS = """
     generation
     messages
     gguf_header mlx_folder kv_cache inventory
-    hub
-    staging
+    hub embedders tool_calls
+    staging tool_parsers output
     chat_template
     backends
-    model_roots
-    gguf_tokenizer catalog backends.mlx_sampling
-    output convert backends.mlx backends.gguf
+    model_roots dialect constraints
+    gguf_tokenizer catalog backends.llama backends.mlx_sampling backends.gguf_sampling
+    answer convert backends.mlx_batch backends.mlx_bert
+    prompt backends.mlx backends.gguf backends.mlx_embedding backends.gguf_embedding
     runner memory
     inference schema
+    chat_schema completions_schema
+    openai_answers
     slot streaming downloader metrics state
     guard
     registry
@@ -37,15 +40,28 @@ LAYERS = """
 """  # lowest first; a module imports only from lines above its own
 LEVEL = {m: n for n, line in enumerate(LAYERS.strip().splitlines()) for m in line.split()}
 
-LAZY = {("backends", "load", "backends.mlx"), ("backends", "load", "backends.gguf")}
+LAZY = {
+    ("backends", "load", f"backends.{engine}")
+    for engine in ("mlx", "gguf", "mlx_embedding", "gguf_embedding")
+}
 """(module, function, import) that may point up: the choice of the engine."""
 
+MLX = {
+    "backends.mlx",
+    "backends.mlx_batch",
+    "backends.mlx_sampling",
+    "backends.mlx_embedding",
+    "backends.mlx_bert",
+}
+LLAMA = {"backends.llama", "backends.gguf", "backends.gguf_sampling", "backends.gguf_embedding"}
 ALLOWED = {
-    "mlx": {"backends.mlx", "backends.mlx_sampling", "convert"},
-    "mlx_lm": {"backends.mlx", "convert"},
-    "tokenizers": {"backends.mlx", "convert", "gguf_tokenizer"},
+    "mlx": {*MLX, "convert"},
+    "mlx_lm": {*MLX, "convert"},
+    "tokenizers": {"backends.mlx", "backends.mlx_embedding", "convert", "gguf_tokenizer"},
     "transformers": {"backends.mlx", "convert"},
-    "llama_cpp": {"backends.gguf"},
+    "llama_cpp": LLAMA,
+    "numpy": {*LLAMA, *MLX, "convert"},
+    "llguidance": {"constraints"},
     "huggingface_hub": {"hub"},
 }
 """Where each engine, and Hugging Face's client, may be imported."""

@@ -14,7 +14,18 @@ from hypothesis import strategies as st
 from lmx import errors
 from lmx.config import EngineSettings
 from lmx.errors import LMXError
-from lmx.generation import ChatMessage, SamplingParams
+from lmx.generation import (
+    Chat,
+    ChatMessage,
+    EmbeddingRequest,
+    GenerationRequest,
+    Grammar,
+    Part,
+    SamplingParams,
+    TokenLogprob,
+    Tool,
+    ToolCall,
+)
 from lmx.messages import (
     MAX_FRAME_BYTES,
     Accepted,
@@ -22,6 +33,8 @@ from lmx.messages import (
     AnyEvent,
     Cancel,
     Delta,
+    Embed,
+    Embedded,
     Error,
     Failed,
     Finished,
@@ -53,11 +66,25 @@ PARAMS = SamplingParams(
     seed=2**63 - 1,
     max_tokens=1,
     stop=("\n\n", "</s>"),
+    logprobs=0,
+)
+CHAT = Chat(
+    messages=[
+        ChatMessage("user", "Grüße 👋\0"),
+        ChatMessage("assistant", "", (ToolCall("1", "f", "{}"),), reasoning="hm"),
+        ChatMessage("tool", "", tool_call_id="1", name="f"),
+    ],
+    tools=[Tool("f", None, {"type": "object", "properties": {"a": {"enum": [1, None]}}}, True)],
+    callable=["f"],
+    required=True,
+    parallel=False,
+    template_kwargs={"enable_thinking": False},
 )
 COMMANDS: list[AnyCommand] = [
     Load("/models/a b", "mlx", EngineSettings(context_length=4096), 1 << 30, "/tmp/turn"),
-    Generate(1, [ChatMessage("user", "Grüße 👋\0"), ChatMessage("assistant", "")], PARAMS),
-    Generate(2, [], SamplingParams()),
+    Generate(1, GenerationRequest(CHAT, PARAMS, 3, Grammar("regex", "a|b"))),
+    Generate(2, GenerationRequest(["a", [1, 2]], SamplingParams())),
+    Embed(3, EmbeddingRequest(["ü", [7]], 64)),
     Cancel(2**40),
     Grant(2**40),
     Stop(),
@@ -68,8 +95,10 @@ EVENTS: list[AnyEvent] = [
     LoadFailed(ERROR),
     Accepted(1, 10, 9),
     Refused(1, ERROR),
-    Delta(1, "👋", 3),
-    Finished(1, "length", 7),
+    Delta(1, 0, [Part("call", "f", "id"), Part("arguments", "👋")], 3),
+    Delta(1, 1, [], 4, [TokenLogprob(b"\xf0", -1.5, [(b"a", -0.5)])], "length"),
+    Embedded(1, 0, b"\0\0\x80?"),
+    Finished(1, 7, 2, True),
     Failed(1, ERROR),
 ]
 

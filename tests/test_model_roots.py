@@ -26,12 +26,11 @@ def index(home: Path, *entries: object) -> None:
     (folder / "model-index-cache.json").write_text(json.dumps({"models": entries}))
 
 
-def entry(path: Path, id: object, domain: str = "llm") -> dict[str, Any]:
+def entry(path: Path, id: object) -> dict[str, Any]:
     return {
         "defaultIdentifier": id,
         "entryPoint": {"absPath": str(path)},
         "containingDirAbsolutePath": str(path if path.is_dir() else path.parent),
-        "domain": domain,
     }
 
 
@@ -56,7 +55,7 @@ def test_lm_studios_folder_may_have_moved(tmp_path: Path, home: Path) -> None:
 
 
 def test_lm_studios_own_ids_win(tmp_path: Path, home: Path) -> None:
-    """Its index names its models exactly and says which are for embeddings."""
+    """Its index names its models exactly."""
     root = put(home / ".lmstudio" / "models", "p/m-4bit", "p/g/g-Q8_0.gguf", "p/g/g-Q4_0.gguf")
     put(root, "p/e/e.gguf", "p/new")
     index(
@@ -64,14 +63,14 @@ def test_lm_studios_own_ids_win(tmp_path: Path, home: Path) -> None:
         entry(root / "p/m-4bit", "qwen/m"),
         entry(root / "p/g/g-Q8_0.gguf", "shared"),
         entry(root / "p/g/g-Q4_0.gguf", "shared"),
-        entry(root / "p/e/e.gguf", "text-embedding-e", domain="embedding"),
+        entry(root / "p/e/e.gguf", "text-embedding-e"),
         entry(root / "p/gone.gguf", "gone"),
     )
     own = put(tmp_path / "own", "x/shared", "y/new")
     models = {m.id: m for m in find_models(config(own, "lmstudio"))}
     assert models["qwen/m"].repo == "m-4bit" and models["shared"].quantization == "q4_0"
     assert models["g"].quantization == "q8_0"
-    assert models["text-embedding-e"].kind == "embedding" and models["text-embedding-e"].error
+    assert models["text-embedding-e"].path == root / "p/e/e.gguf"
     assert models["shared@mlx"].path == own / "x/shared"
     assert models["new"].path == own / "y/new" and models["new@mlx"].path == root / "p/new"
     assert len(models) == 7

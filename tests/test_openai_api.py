@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ from openai.types.chat import ChatCompletion
 from starlette.testclient import TestClient
 
 from lmx import __version__
+from lmx.chat_schema import ChatCompletionRequest
 from lmx.config import Config
 from lmx.errors import (
     ContextLengthExceeded,
@@ -27,11 +27,10 @@ from lmx.errors import (
     QueueFull,
     RunnerDied,
 )
-from lmx.generation import ChatMessage
-from lmx.messages import Delta, Finished
-from lmx.schema import ChatCompletionRequest
+from lmx.generation import Chat, ChatMessage, GenerationRequest
+from lmx.messages import Finished
 from tests.fake_client import Client
-from tests.fake_models import GOOD, Server
+from tests.fake_models import GOOD, Server, says
 
 
 @pytest.fixture
@@ -63,6 +62,12 @@ def test_models(client: TestClient) -> None:
                 "object": "model",
                 "created": 1_700_000_001,
                 "owned_by": "zoo",
+            },
+            {
+                "id": "text-embedding-bee",
+                "object": "model",
+                "created": 1_700_000_002,
+                "owned_by": "hive",
             },
         ],
     }
@@ -161,7 +166,8 @@ def test_stream(client: TestClient) -> None:
     assert parsed == [
         rest | choice({"role": "assistant", "content": ""}),
         rest | choice({"content": "Hello"}),
-        rest | choice({"content": ", wörld"}),
+        rest | choice({"content": ", wö"}),
+        rest | choice({"content": "rld"}),
         rest | choice({"content": "!"}),
         rest | choice({}, "stop"),
     ]
@@ -188,21 +194,22 @@ def test_service_tier_is_answered_when_asked_for(client: TestClient, stream: boo
 def test_what_the_model_is_asked(server: Server, client: TestClient) -> None:
     """Messages and sampling reach the queue as the request says, the rest from the config."""
     chat(client, temperature=0, max_tokens=5)
-    [(messages, params)] = server.queue.asked
-    assert messages == [ChatMessage("user", "hi")]
-    assert (params.temperature, params.max_tokens) == (0.0, 5)
-    assert params.top_k == server.config.sampling.top_k
+    [asked] = server.queue.asked
+    assert isinstance(asked, GenerationRequest)
+    assert asked.prompt == Chat([ChatMessage("user", "hi")])
+    assert (asked.params.temperature, asked.params.max_tokens) == (0.0, 5)
+    assert asked.params.top_k == server.config.sampling.top_k
 
 
 def test_an_answer_cut_by_max_tokens(server: Server, client: TestClient) -> None:
     """The finish reason is the runner's."""
-    server.queue.steps = [[Delta(1, "a", 1), Finished(1, "length", 1)]]
+    server.queue.steps = [[says("a", finish="length"), Finished(1, 1)]]
     assert chat(client).json()["choices"][0]["finish_reason"] == "length"
 
 
 def test_an_empty_answer(server: Server, client: TestClient) -> None:
     """A model that says nothing gives empty content, not none."""
-    server.queue.steps = [[Finished(1, "stop", 1)]]
+    server.queue.steps = [[says(finish="stop"), Finished(1, 1)]]
     assert chat(client).json()["choices"][0]["message"]["content"] == ""
     assert [json.loads(d)["choices"] for d in data_of(chat(client, stream=True))[:-1]] == [
         [
@@ -275,7 +282,7 @@ def test_the_sdk_sees_bad_requests(sdk: openai.OpenAI) -> None:
 def test_a_failure_in_the_middle(server: Server, sdk: openai.OpenAI, client: TestClient) -> None:
     """The stream's last event is the error, which the official client raises; no [DONE]."""
     error = RunnerDied("The model's process ended.")
-    server.queue.steps = [[Delta(1, "Hel", 1)], error]
+    server.queue.steps = [[says("Hel")], error]
     stream = sdk.chat.completions.create(**GOOD, stream=True)
     said = []
     with pytest.raises(openai.APIError, match="process ended") as caught:
@@ -289,7 +296,7 @@ def test_a_failure_in_the_middle(server: Server, sdk: openai.OpenAI, client: Tes
 
 def test_a_cancelled_generation_is_no_answer(server: Server, client: TestClient) -> None:
     """If the server itself gives a generation up, the client does not get a whole answer."""
-    server.queue.steps = [[Delta(1, "Hel", 1), Finished(1, "cancelled", 1)]]
+    server.queue.steps = [[says("Hel"), Finished(1, 1, cancelled=True)]]
     assert chat(client).json()["error"]["code"] == "generation_failed"
 
 
@@ -313,7 +320,11 @@ def stripped(answer: ChatCompletion) -> dict[str, Any]:
 
 def test_the_sdk_lists_models(sdk: openai.OpenAI) -> None:
     """The official client reads the list and a single model."""
-    assert [model.id for model in sdk.models.list()] == ["parrot", "zoo/owl/owl-q4.gguf"]
+    assert [model.id for model in sdk.models.list()] == [
+        "parrot",
+        "zoo/owl/owl-q4.gguf",
+        "text-embedding-bee",
+    ]
     assert sdk.models.retrieve("parrot").owned_by == "bird"
 
 
@@ -330,7 +341,7 @@ def scope(server: Server, path: str = "/v1/chat/completions") -> dict[str, Any]:
 
 @pytest.mark.anyio
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
-@pytest.mark.parametrize("steps", [(), ([Delta(1, "a", 1)],)], ids=["prefill", "decode"])
+@pytest.mark.parametrize("steps", [(), ([says("a")],)], ids=["prefill", "decode"])
 async def test_a_client_that_leaves(server: Server, stream: bool, steps: tuple[Any, ...]) -> None:
     """Its generation is given up and its place in the queue is free again."""
     server.queue.steps = [*steps, anyio.Event()]
@@ -414,18 +425,21 @@ JSON = st.recursive(
     | st.integers()
     | st.floats(allow_nan=False, allow_infinity=False)
     | st.text()
-    | st.sampled_from(["user", "assistant", "text", "auto", "json_object", 2**63, 2**64, 1e308]),
+    | st.sampled_from(["user", "assistant", "text", "auto", "json_object", "function", "required"])
+    | st.sampled_from([2**63, 2**64, 1e308]),
     lambda inner: (
         st.lists(inner, max_size=3)
         | st.dictionaries(
-            st.sampled_from(["role", "content", "type", "text", "1", "include_usage"]) | st.text(),
+            st.sampled_from(["role", "content", "type", "text", "1", "include_usage", "function"])
+            | st.sampled_from(["name", "arguments", "tool_calls", "parameters", "json"])
+            | st.text(),
             inner,
             max_size=3,
         )
     ),
     max_leaves=10,
 )
-FIELDS = [field.name for field in dataclasses.fields(ChatCompletionRequest)]
+FIELDS = ChatCompletionRequest.__struct_fields__
 
 
 @settings(max_examples=200, deadline=None)

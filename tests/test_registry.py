@@ -20,11 +20,10 @@ from lmx.errors import (
     QueueFull,
     RunnerDied,
 )
-from lmx.generation import ChatMessage, SamplingParams
 from lmx.inference import InferenceQueue, Runner
-from lmx.messages import Delta
 from lmx.registry import Lease, Registry, open_registry
 
+from .asking import chat, content
 from .fake_runner import COMMAND
 from .folders import mlx_folder
 
@@ -52,11 +51,8 @@ async def registry(root: Path, config: Config | None = None) -> AsyncIterator[Re
 
 async def ask(registry: Registry, lease: Lease, text: str) -> str:
     queue = InferenceQueue(Config())
-    message = ChatMessage("user", text)
-    async with queue.generate(lease.runner, [message], SamplingParams()) as generation:
-        return "".join(
-            [e.text async for events in generation for e in events if isinstance(e, Delta)]
-        )
+    async with queue.generate(lease.runner, chat(text)) as generation:
+        return content([e async for events in generation for e in events])
 
 
 @pytest.mark.anyio

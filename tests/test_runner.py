@@ -3,22 +3,26 @@ from __future__ import annotations
 import os
 import threading
 import time
+from array import array
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from queue import Queue
+from typing import Any
 
 import pytest
 
 from lmx.backends import BackendBroken
 from lmx.config import EngineSettings
-from lmx.generation import ChatMessage, SamplingParams
+from lmx.generation import EmbeddingRequest, GenerationRequest, SamplingParams
 from lmx.messages import (
     Accepted,
     AnyCommand,
     AnyEvent,
     Cancel,
     Delta,
+    Embed,
+    Embedded,
     Failed,
     Finished,
     Generate,
@@ -28,6 +32,7 @@ from lmx.messages import (
 )
 from lmx.runner import GPUTurn, Runner, read_commands
 
+from .asking import chat, content
 from .fakes import FakeBackend
 
 Say = Callable[[AnyCommand], None]
@@ -82,12 +87,14 @@ def running(
         assert not stepper.is_alive()
 
 
-def generate(id: int, text: str, **params: object) -> Generate:
-    return Generate(id, [ChatMessage("user", text)], SamplingParams(**params))  # type: ignore[arg-type]
+def generate(id: int, text: str, **params: Any) -> Generate:
+    return Generate(id, chat(text, **params))
 
 
-def text_of(events: list[AnyEvent], id: int) -> str:
-    return "".join(e.text for e in events if isinstance(e, Delta) and e.id == id)
+def finish_of(events: list[AnyEvent]) -> tuple[str | None, int]:
+    """How the first answer has ended, and after how many tokens."""
+    [last] = [e for e in events if isinstance(e, Delta) and e.finish and e.index == 0]
+    return last.finish, last.tokens
 
 
 def test_a_request_is_accepted_streamed_and_finished(tmp_path: Path) -> None:
@@ -96,28 +103,29 @@ def test_a_request_is_accepted_streamed_and_finished(tmp_path: Path) -> None:
         say(generate(7, "one two three"))
         events = heard.until(Finished, 7)
     assert events[0] == Accepted(7, 3, 0)
-    assert [e.text for e in events if isinstance(e, Delta)] == ["one ", "two ", "three "]
-    assert events[-1] == Finished(7, "stop", 4)
+    texts = [content([e]) for e in events if isinstance(e, Delta)]
+    assert texts == ["one ", "two ", "three ", ""] and finish_of(events) == ("stop", 4)
+    assert events[-1] == Finished(7, 4)
 
 
 @pytest.mark.parametrize(
     ("params", "text", "finished"),
     [
-        ({"max_tokens": 2}, "one two ", Finished(1, "length", 2)),
-        ({"stop": ("o t",)}, "one tw", Finished(1, "stop", 3)),
-        ({"stop": ("thr",)}, "one two ", Finished(1, "stop", 3)),
-        ({"stop": ("absent", "three x")}, "one two three ", Finished(1, "stop", 4)),
+        ({"max_tokens": 2}, "one two ", ("length", 2)),
+        ({"stop": ("o t",)}, "one tw", ("stop", 3)),
+        ({"stop": ("thr",)}, "one two ", ("stop", 3)),
+        ({"stop": ("absent", "three x")}, "one two three ", ("stop", 4)),
     ],
     ids=["max_tokens", "stop across tokens", "stop inside a token", "stop that never completes"],
 )
 def test_an_answer_ends_where_the_request_says(
-    tmp_path: Path, params: dict[str, object], text: str, finished: Finished
+    tmp_path: Path, params: dict[str, object], text: str, finished: tuple[str, int]
 ) -> None:
     """max_tokens and stop strings end the sequence; no part of a stop string gets out."""
     with running(tmp_path) as (say, heard, backend, _):
         say(generate(1, "one two three", **params))
         events = heard.until(Finished, 1)
-        assert (text_of(events, 1), events[-1]) == (text, finished)
+        assert (content(events, 1), finish_of(events)) == (text, finished)
         assert backend.uids == []
 
 
@@ -139,14 +147,14 @@ def test_a_bad_prompt_is_refused(tmp_path: Path, request_: Generate, code: str, 
         assert isinstance(refused, Refused)
         assert (refused.error.name, refused.error.param) == (code, param)
         say(generate(2, "fine"))
-        assert text_of(heard.until(Finished, 2), 2) == "fine "
+        assert content(heard.until(Finished, 2), 2) == "fine "
 
 
 def test_the_longest_prompt_that_fits_is_accepted(tmp_path: Path) -> None:
     """A prompt one token short of the context gets one token of answer."""
     with running(tmp_path) as (say, heard, _, _):
         say(generate(1, "w " * 63))
-        assert heard.until(Finished, 1)[-1] == Finished(1, "length", 1)
+        assert finish_of(heard.until(Finished, 1)) == ("length", 1)
 
 
 def test_requests_share_the_steps(tmp_path: Path) -> None:
@@ -155,10 +163,10 @@ def test_requests_share_the_steps(tmp_path: Path) -> None:
         say(generate(1, "FOREVER a"))
         heard.until(Delta, 1)
         say(generate(2, "b c"))
-        assert text_of(heard.until(Finished, 2), 2) == "b c "
+        assert content(heard.until(Finished, 2), 2) == "b c "
         say(Cancel(1))
         [*_, last] = heard.until(Finished, 1)
-        assert isinstance(last, Finished) and last.reason == "cancelled"
+        assert isinstance(last, Finished) and last.cancelled
 
 
 def test_a_cancelled_request_leaves_the_batch(tmp_path: Path) -> None:
@@ -252,3 +260,75 @@ def test_gpu_turns_alternate(tmp_path: Path) -> None:
     # Not one after the other: while both want it, neither runs away with it.
     first_done = min(399 - order[::-1].index(name) for name in "ab")
     assert min(order[: first_done + 1].count(name) for name in "ab") > 50
+
+
+def test_answers_to_one_prompt(tmp_path: Path) -> None:
+    """n answers have an index each and seeds of their own; the prompt counts once."""
+    with running(tmp_path) as (say, heard, backend, _):
+        say(Generate(1, chat("one two", n=3, seed=7)))
+        events = heard.until(Finished, 1)
+        assert events[0] == Accepted(1, 2, 0)
+        assert [content(events, 1, index) for index in range(4)] == ["one two "] * 3 + [""]
+        assert events[-1] == Finished(1, 9)
+        assert [s.params.seed for s in backend.added] == [7, 8, 9]
+        assert len({id(s.prompt) for s in backend.added}) == 1
+
+
+def test_several_prompts(tmp_path: Path) -> None:
+    """Text and token ids, n answers each, numbered by prompt."""
+    with running(tmp_path) as (say, heard, backend, _):
+        [a] = backend.tokenize("a")
+        request = GenerationRequest(["b c", [a]], SamplingParams(seed=7), n=2)
+        say(Generate(1, request))
+        events = heard.until(Finished, 1)
+        assert events[0] == Accepted(1, 3, 0)
+        assert [content(events, 1, i) for i in range(4)] == ["b c ", "b c ", "a ", "a "]
+        assert [s.params.seed for s in backend.added] == [7, 8, 7, 8]
+
+
+@pytest.mark.parametrize("token", [-1, 1000])
+def test_a_prompt_of_unknown_tokens(tmp_path: Path, token: int) -> None:
+    """Token ids outside the vocabulary are refused."""
+    with running(tmp_path) as (say, heard, _, _):
+        say(Generate(1, GenerationRequest([[token]], SamplingParams())))
+        [refused] = heard.until(Refused, 1)
+        assert isinstance(refused, Refused) and refused.error.param == "prompt"
+
+
+def test_a_failed_answer_fails_its_request(tmp_path: Path) -> None:
+    """All answers of the request go together, with one terminal event."""
+    with running(tmp_path) as (say, heard, backend, _):
+        say(Generate(1, chat("FAIL", n=3)))
+        heard.until(Failed, 1)
+        say(generate(2, "fine"))
+        assert not [e for e in heard.until(Finished, 2) if getattr(e, "id", None) == 1]
+        assert backend.uids == []
+
+
+def test_logprobs_go_out_with_their_text(tmp_path: Path) -> None:
+    """One entry a token of the content, as bytes, with the likeliest tokens asked for."""
+    with running(tmp_path) as (say, heard, _, _):
+        say(generate(1, "one two three", logprobs=2, stop=("thr",)))
+        events = heard.until(Finished, 1)
+    entries = [entry for e in events if isinstance(e, Delta) for entry in e.logprobs]
+    assert [entry.token for entry in entries] == [b"one ", b"two "]
+    assert entries[0].top == [(b"one ", -0.5), (b"<end>", -1.0)]
+
+
+def test_embeddings(tmp_path: Path) -> None:
+    """A model that embeds answers each input with its vector, in whatever order it likes."""
+    folder = tmp_path / "embeds"
+    folder.mkdir()
+    with running(folder) as (say, heard, backend, _):
+        [a, b] = backend.tokenize("a b")
+        say(Embed(1, EmbeddingRequest(["a b", [b]])))
+        events = heard.until(Finished, 1)
+        assert events[0] == Accepted(1, 3, 0) and events[-1] == Finished(1)
+        vectors = {
+            e.index: array("f", e.vector).tolist() for e in events if isinstance(e, Embedded)
+        }
+        assert vectors == {0: [a, b], 1: [b]}
+        for bad in ("", "x " * 65):
+            say(Embed(2, EmbeddingRequest(["fine", bad])))
+            [refused] = heard.until(Refused, 2)
+            assert isinstance(refused, Refused) and refused.error.param == "input"

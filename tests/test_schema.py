@@ -1,4 +1,4 @@
-"""What a client may send, and the exact JSON it gets back."""
+"""What a chat client may send, and the exact JSON it gets back."""
 
 from __future__ import annotations
 
@@ -11,38 +11,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lmx.config import SamplingDefaults
+from lmx.chat_schema import ChatCompletionChunk, ChatCompletionRequest, ChoiceDelta, ChunkChoice
 from lmx.errors import InvalidRequest
-from lmx.generation import ChatMessage, SamplingParams, Usage
-from lmx.schema import (
-    ChatCompletionChunk,
-    ChatCompletionRequest,
-    ChoiceDelta,
-    ChunkChoice,
-    CompletionUsage,
-    decode,
-)
+from lmx.generation import SamplingParams, Usage
+from lmx.schema import CompletionUsage
 
-DEFAULTS = SamplingDefaults(temperature=0.5, top_p=0.6, top_k=7, min_p=0.1)
-GOOD = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
-FIELDS = [field.name for field in dataclasses.fields(ChatCompletionRequest)]
+from .chatting import GOOD, allowed, called, named, nested, read, read_bytes, tool, user
 
+FIELDS = ChatCompletionRequest.__struct_fields__
 
-def read(**fields: Any) -> tuple[list[ChatMessage], SamplingParams]:
-    """Everything a handler asks of a request."""
-    return read_bytes(json.dumps(GOOD | fields).encode())
-
-
-def read_bytes(body: bytes) -> tuple[list[ChatMessage], SamplingParams]:
-    request = decode(body, ChatCompletionRequest)
-    return request.to_messages(), request.to_sampling(DEFAULTS)
-
-
-def user(content: Any) -> list[Any]:
-    return [{"role": "user", "content": content}]
-
-
-BAD = [
+BAD: list[tuple[str, Any, str]] = [
     ("model", None, "model"),
     ("model", 1, "model"),
     ("ttl", 0, "ttl"),
@@ -58,7 +36,35 @@ BAD = [
     ("messages", [{"role": "x" * 10_000, "content": "hi"}], "messages[0].role"),
     ("messages", [*user("hi"), {"role": "user"}], "messages[1].content"),
     ("messages", user(None), "messages[0].content"),
-    ("messages", [{"role": "tool", "content": None}], "messages[0].content"),
+    (
+        "messages",
+        [{"role": "tool", "tool_call_id": "1", "content": None}],
+        "messages[0].content",
+    ),
+    ("messages", [{"role": "tool", "content": "t"}], "messages[0].tool_call_id"),
+    (
+        "messages",
+        [{"role": "tool", "tool_call_id": 1, "content": "t"}],
+        "messages[0].tool_call_id",
+    ),
+    ("messages", [{"role": "function", "content": "t"}], "messages[0].name"),
+    ("messages", called("{"), "messages[0].tool_calls[0].function.arguments"),
+    ("messages", called("[]"), "messages[0].tool_calls[0].function.arguments"),
+    ("messages", called("1"), "messages[0].tool_calls[0].function.arguments"),
+    ("messages", called([]), "messages[0].tool_calls[0].function.arguments"),
+    ("messages", called(nested(65)), "messages[0].tool_calls[0].function.arguments"),
+    ("messages", called("{}", id=None), "messages[0].tool_calls[0].id"),
+    ("messages", called("{}", type="custom"), "messages[0].tool_calls[0].type"),
+    (
+        "messages",
+        [{"role": "assistant", "tool_calls": [{"id": "1"}]}],
+        "messages[0].tool_calls[0].function",
+    ),
+    (
+        "messages",
+        [{"role": "assistant", "function_call": {"name": "f", "arguments": "x"}}],
+        "messages[0].function_call.arguments",
+    ),
     ("messages", user(1), "messages[0].content"),
     ("messages", user({"text": "hi"}), "messages[0].content"),
     ("messages", user(["hi"]), "messages[0].content[0]"),
@@ -125,23 +131,80 @@ BAD = [
     ("max_completion_tokens", 0, "max_completion_tokens"),
     ("max_completion_tokens", "100", "max_completion_tokens"),
     ("n", 0, "n"),
-    ("n", 2, "n"),
-    ("n", 10**6, "n"),
+    ("n", 9, "n"),
+    ("n", 99, "n"),
+    ("n", 1.5, "n"),
     ("n", "1", "n"),
-    ("tools", [{"type": "function", "function": {"name": "f"}}], "tools"),
     ("tools", {}, "tools"),
+    ("tools", [tool("f")] * 513, "tools"),
+    ("tools", [{"type": "custom", "custom": {"name": "f"}}], "tools[0].type"),
+    ("tools", [{"type": "web_search"}], "tools[0].type"),
+    ("tools", [{"function": {"name": "f"}}], "tools[0].type"),
+    ("tools", [tool(), {"type": "function"}], "tools[1].function"),
+    ("tools", [{"type": "function", "function": {}}], "tools[0].function.name"),
+    ("tools", [tool("")], "tools[0].function.name"),
+    ("tools", [tool("a b")], "tools[0].function.name"),
+    ("tools", [tool("a\n")], "tools[0].function.name"),
+    ("tools", [tool("x" * 65)], "tools[0].function.name"),
+    ("tools", [tool("g"), tool(), tool()], "tools[2].function.name"),
+    ("tools", [tool(description=1)], "tools[0].function.description"),
+    ("tools", [tool(strict="yes")], "tools[0].function.strict"),
+    ("tools", [tool(parameters=[])], "tools[0].function.parameters"),
+    ("tools", [tool(parameters="{}")], "tools[0].function.parameters"),
+    ("tools", [tool(parameters={"type": "array"})], "tools[0].function.parameters"),
+    ("tools", [tool(parameters={"type": None})], "tools[0].function.parameters"),
+    ("tools", [tool(parameters={"properties": []})], "tools[0].function.parameters"),
+    ("tools", [tool(parameters=nested(65))], "tools[0].function.parameters"),
+    ("tools", [tool(parameters={"maximum": 10**20})], "tools[0].function.parameters"),
     ("tool_choice", "required", "tool_choice"),
-    ("tool_choice", {"type": "function", "function": {"name": "f"}}, "tool_choice"),
+    ("tool_choice", "any", "tool_choice"),
+    ("tool_choice", 1, "tool_choice"),
+    ("tool_choice", named("f"), "tool_choice"),
+    ("tool_choice", allowed("f"), "tool_choice"),
+    ("tool_choice", allowed(), "tool_choice.allowed_tools.tools"),
+    ("tool_choice", allowed("f", mode="none"), "tool_choice.allowed_tools.mode"),
+    ("tool_choice", {"type": "function"}, "tool_choice.function"),
+    ("tool_choice", {"type": "allowed_tools"}, "tool_choice.allowed_tools"),
+    ("tool_choice", {"type": "custom"}, "tool_choice.type"),
+    ("parallel_tool_calls", "no", "parallel_tool_calls"),
     ("functions", [{"name": "f"}], "functions"),
     ("function_call", {"name": "f"}, "function_call"),
-    ("response_format", {"type": "json_object"}, "response_format"),
-    ("response_format", {"type": "json_schema", "json_schema": {}}, "response_format"),
     ("response_format", {}, "response_format.type"),
+    ("response_format", {"type": "xml"}, "response_format.type"),
     ("response_format", "text", "response_format"),
-    ("logprobs", True, "logprobs"),
+    ("response_format", {"type": "json_schema"}, "response_format.json_schema"),
+    (
+        "response_format",
+        {"type": "json_schema", "json_schema": {"name": "n"}},
+        "response_format.json_schema.schema",
+    ),
+    (
+        "response_format",
+        {"type": "json_schema", "json_schema": {"name": "n", "schema": True}},
+        "response_format.json_schema.schema",
+    ),
+    ("structured_outputs", {}, "structured_outputs"),
+    ("structured_outputs", {"json_object": False}, "structured_outputs"),
+    ("structured_outputs", {"structural_tag": "x"}, "structured_outputs"),
+    ("structured_outputs", {"json": "{"}, "structured_outputs.json"),
+    ("structured_outputs", {"choice": []}, "structured_outputs.choice"),
+    ("structured_outputs", {"choice": [1]}, "structured_outputs.choice[0]"),
+    ("structured_outputs", {"regex": "a", "grammar": "b"}, "structured_outputs.grammar"),
+    ("guided_json", "true", "guided_json"),
+    ("guided_json", [], "guided_json"),
+    ("guided_regex", 1, "guided_regex"),
+    ("guided_choice", "yes", "guided_choice"),
+    ("guided_choice", [], "guided_choice"),
+    ("guided_grammar", {}, "guided_grammar"),
+    ("reasoning_effort", "max", "reasoning_effort"),
+    ("reasoning_effort", "x" * 10_000, "reasoning_effort"),
+    ("chat_template_kwargs", [], "chat_template_kwargs"),
+    ("chat_template_kwargs", {"a": [{"b": -(2**63) - 1}]}, "chat_template_kwargs"),
+    ("separate_reasoning", "no", "separate_reasoning"),
     ("logprobs", 5, "logprobs"),
     ("top_logprobs", 1, "top_logprobs"),
-    ("top_logprobs", 10**6, "top_logprobs"),
+    ("top_logprobs", 21, "top_logprobs"),
+    ("top_logprobs", -1, "top_logprobs"),
     ("modalities", ["text", "audio"], "modalities"),
     ("modalities", "text", "modalities"),
     ("audio", {"voice": "alloy", "format": "wav"}, "audio"),
@@ -258,11 +321,13 @@ PLAIN = SamplingParams(temperature=0.5, top_p=0.6, top_k=7, min_p=0.1)
         ({"max_completion_tokens": 5, "max_tokens": 9}, {"max_tokens": 5}),
         ({"max_completion_tokens": -1, "max_tokens": 9}, {"max_tokens": None}),
         ({"max_completion_tokens": None, "max_tokens": 9}, {"max_tokens": 9}),
+        ({"logprobs": True}, {"logprobs": 0}),
+        ({"logprobs": True, "top_logprobs": 20}, {"logprobs": 20}),
     ],
 )
 def test_sampling(fields: dict[str, Any], expected: dict[str, Any]) -> None:
     """Every sampling field arrives under its own name; what is left out comes from the defaults."""
-    assert read(**fields)[1] == dataclasses.replace(PLAIN, **expected)
+    assert read(**fields).params == dataclasses.replace(PLAIN, **expected)
 
 
 @pytest.mark.parametrize(
@@ -282,7 +347,8 @@ def test_sampling(fields: dict[str, Any], expected: dict[str, Any]) -> None:
         {"stream_options": {"include_usage": True, "include_obfuscation": False}},
         {"user": "u", "metadata": {"a": "b"}, "store": True, "service_tier": "auto"},
         {"ttl": 300, "draft_model": "d", "cache_prompt": True, "anything": [{"else": None}]},
-        {"parallel_tool_calls": True, "reasoning_effort": "low", "verbosity": "low"},
+        {"parallel_tool_calls": True, "separate_reasoning": True, "verbosity": "low"},
+        {"chat_template_kwargs": {}, "prediction": {"type": "content", "content": "x"}},
     ],
 )
 def test_harmless_fields_change_nothing(fields: dict[str, Any]) -> None:
@@ -290,66 +356,35 @@ def test_harmless_fields_change_nothing(fields: dict[str, Any]) -> None:
     assert read(**fields) == read()
 
 
-@pytest.mark.parametrize(
-    ("message", "expected"),
-    [
-        ({"role": "system", "content": "s"}, ChatMessage("system", "s")),
-        ({"role": "developer", "content": "d"}, ChatMessage("system", "d")),
-        ({"role": "user", "content": "u", "name": "Ann"}, ChatMessage("user", "u")),
-        ({"role": "user", "content": ""}, ChatMessage("user", "")),
-        ({"role": "user", "content": []}, ChatMessage("user", "")),
-        ({"role": "user", "content": "a\u0000é😀"}, ChatMessage("user", "a\u0000é😀")),
-        ({"role": "tool", "content": "t", "tool_call_id": "1"}, ChatMessage("tool", "t")),
-        ({"role": "function", "content": "f", "name": "f"}, ChatMessage("tool", "f")),
-        (
-            {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]},
-            ChatMessage("assistant", ""),
-        ),
-        ({"role": "assistant"}, ChatMessage("assistant", "")),
-        (
-            {"role": "user", "content": [{"type": "text", "text": t} for t in ("a", "b")]},
-            ChatMessage("user", "a\nb"),
-        ),
-        (
-            {"role": "assistant", "content": [{"type": "refusal", "refusal": "no"}]},
-            ChatMessage("assistant", "no"),
-        ),
-    ],
-)
-def test_messages(message: dict[str, Any], expected: ChatMessage) -> None:
-    """Each of OpenAI's ways to write a text message becomes one turn for the chat template."""
-    assert read(messages=[message])[0] == [expected]
-
-
 def test_absent_and_null_are_told_apart() -> None:
-    """UNSET fields are left out of the JSON, None is null, and the order is OpenAI's."""
+    """UNSET fields are left out of the JSON, and None is null."""
     chunk = ChatCompletionChunk(
         id="chatcmpl-1",
         created=5,
         model="m",
         system_fingerprint="f",
-        choices=[ChunkChoice(delta=ChoiceDelta(content="x"))],
+        choices=[ChunkChoice(index=0, delta=ChoiceDelta(content="x"))],
     )
     assert msgspec.json.encode(chunk).decode() == (
         '{"id":"chatcmpl-1","object":"chat.completion.chunk","created":5,"model":"m",'
-        '"system_fingerprint":"f","choices":[{"index":0,"delta":{"content":"x"},'
-        '"logprobs":null,"finish_reason":null}]}'
+        '"choices":[{"index":0,"delta":{"content":"x"},"logprobs":null,"finish_reason":null}],'
+        '"system_fingerprint":"f"}'
     )
-    nulled = dataclasses.replace(chunk, usage=None, service_tier="default")
+    nulled = msgspec.structs.replace(chunk, usage=None, service_tier="default")
     assert json.loads(msgspec.json.encode(nulled))["usage"] is None
     assert json.loads(msgspec.json.encode(nulled))["service_tier"] == "default"
 
 
 def test_usage_adds_up() -> None:
     """The total is the sum, and cached prompt tokens are reported where OpenAI reports them."""
-    usage = msgspec.to_builtins(CompletionUsage.of(Usage(10, 5, 4)))
+    usage = msgspec.to_builtins(CompletionUsage.of(Usage(10, 5, 4, 2)))
     assert usage == {
         "prompt_tokens": 10,
         "completion_tokens": 5,
         "total_tokens": 15,
         "prompt_tokens_details": {"cached_tokens": 4, "audio_tokens": 0},
         "completion_tokens_details": {
-            "reasoning_tokens": 0,
+            "reasoning_tokens": 2,
             "audio_tokens": 0,
             "accepted_prediction_tokens": 0,
             "rejected_prediction_tokens": 0,

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Literal, Protocol
+from typing import Any, Final, Literal, Protocol
 
 from ..config import EngineSettings
+from ..embedders import gguf_embeds, mlx_embeds
 from ..errors import LMXError
-from ..generation import ChatMessage, SamplingParams
+from ..generation import SamplingParams
+from ..gguf_header import read_header
+from ..mlx_folder import read_folder
 
 FIRST_SLICE_TOKENS: Final = 256
 SLICE_TOKENS: Final = (32, 2048)
@@ -18,14 +21,49 @@ IDLE_SLICE_SECONDS: Final = 1.0
 
 
 @dataclass(frozen=True, slots=True)
+class Vocabulary:
+    tokens: list[bytes]
+    """What each token id stands for; of a control token, its name."""
+    control: frozenset[int]
+    """Tokens that are no text: an answer shows them only where they mean something."""
+    end: frozenset[int]
+    """Tokens that end an answer."""
+
+
+class Constraint(Protocol):
+    """Which tokens may come next. Used by one thread at a time."""
+
+    def restart(self, answer: list[int]) -> None:
+        """Be where it is after these tokens."""
+
+    def accept(self, token: int) -> None:
+        """Move on by a token that was drawn."""
+
+    def mask(self) -> bytes | None:
+        """A bit for each token of the vocabulary, lowest first in each byte, set if it may come
+        next, in whole 32-bit words. None: any may."""
+
+
+@dataclass(frozen=True, slots=True)
 class Sequence:
     """A request as the backend sees it: `prompt` is never empty, `max_tokens` at least 1, and both
-    together fit in the context."""
+    together fit in the context. Sequences that share the `prompt` object and come one after another
+    are prefilled once, where their cache can be copied."""
 
     uid: int
     prompt: list[int]
     max_tokens: int
     params: SamplingParams
+    constraint: Constraint | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Logprobs:
+    """Of a drawn token, from the model's own distribution."""
+
+    logprob: float
+    top: list[tuple[int, float]]
+    """The likeliest tokens and theirs, likeliest first; as many as were asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,11 +71,20 @@ class TokenEvent:
     """One generated token of a sequence. With `finish` set the sequence has left the batch."""
 
     uid: int
-    text: str
-    """The text this token completes: empty while a UTF-8 character is unfinished, and for the
-    end-of-sequence token. The last event carries whatever was held back."""
+    token: int
     finish: Literal["stop", "length"] | None = None
-    """`stop` is the model's own end token; stop strings are found outside the backend, in text."""
+    """`stop`: the token is one of the vocabulary's end tokens; stop strings are found outside the
+    backend, in text."""
+    logprobs: Logprobs | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class VectorEvent:
+    """An input's embedding, from a backend that embeds; the sequence has left it."""
+
+    uid: int
+    vector: list[float]
+    """A unit vector, where the model was trained for that."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +95,7 @@ class SequenceFailed:
     error: LMXError
 
 
-StepEvent = TokenEvent | SequenceFailed
+StepEvent = TokenEvent | VectorEvent | SequenceFailed
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +132,16 @@ class PrefillRate:
 
 
 class Template(Protocol):
-    def render(self, messages: list[ChatMessage]) -> str:
+    source: str | None
+    """The template itself, which tells how the model writes tool calls and reasoning; None where it
+    is code."""
+
+    def render(
+        self,
+        messages: list[dict[str, Any]],
+        tools: list[dict[str, Any]] | None = None,
+        kwargs: dict[str, Any] | None = None,
+    ) -> str:
         """The prompt up to where the assistant's answer begins. Any thread.
 
         Raises:
@@ -98,9 +154,10 @@ class Backend(Protocol):
 
     context_length: int
     """Tokens of prompt and answer together."""
-    vocabulary_size: int
-    longest_token: int
-    """The most characters that one token can stand for."""
+    vocabulary: Vocabulary
+    dimensions: int
+    """Of the vectors of a model that embeds: its sequences never generate, and end in a
+    `VectorEvent` each. 0: it generates."""
     parallel: int
     """Sequences decoded together; more may be added, they wait in order."""
     engine: str
@@ -108,8 +165,15 @@ class Backend(Protocol):
     @property
     def chat_template(self) -> Template | None: ...
 
-    def tokenize(self, text: str) -> list[int]:
-        """Token ids of a rendered prompt; control tokens in the text count as such. Any thread."""
+    tool_parser: str | None
+    """The parser of mlx-lm's that the model's files name."""
+
+    def tokenize(self, text: str, *, raw: bool = False) -> list[int]:
+        """Token ids of a rendered prompt; control tokens in the text count as such. Any thread.
+
+        A `raw` text comes from a client and gets the tokens that every input of the model begins
+        with, and for embedding ends with.
+        """
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence; it starts in a later `step`."""
@@ -141,9 +205,17 @@ def load(path: Path, format: str, settings: EngineSettings, kv_bytes: int) -> Ba
         ModelLoadFailed: which file, and why.
     """
     if format == "gguf":
+        if gguf_embeds(path, read_header(path, arrays=False).metadata):
+            from .gguf_embedding import GGUFEmbedding
+
+            return GGUFEmbedding(path, settings)
         from .gguf import GGUFBackend
 
         return GGUFBackend(path, settings, kv_bytes)
+    if mlx_embeds(path, read_folder(path).config):
+        from .mlx_embedding import MLXEmbedding
+
+        return MLXEmbedding(path, settings)
     from .mlx import MLXBackend
 
     return MLXBackend(path, settings, kv_bytes)

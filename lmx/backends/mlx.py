@@ -6,22 +6,18 @@ belong to a thread. What is known to bite in mlx-lm 0.32 is handled where a comm
 
 from __future__ import annotations
 
-import codecs
 import gc
 import json
 import re
 import sys
 from collections import deque
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, Final
 
 import mlx.core as mx
 import mlx_lm
-from mlx_lm.generate import BatchGenerator, generate_step
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import load_model, load_tokenizer
 from tokenizers import Tokenizer
@@ -29,7 +25,7 @@ from tokenizers import Tokenizer
 from ..chat_template import ChatTemplate, own_template
 from ..config import EngineSettings
 from ..errors import GenerationFailed, InsufficientMemory, ModelLoadFailed
-from ..generation import ChatMessage, SamplingParams
+from ..generation import SamplingParams
 from ..kv_cache import mlx_kv_cache
 from ..mlx_folder import read_folder
 from . import (
@@ -42,8 +38,10 @@ from . import (
     StepEvent,
     Template,
     TokenEvent,
+    Vocabulary,
 )
-from .mlx_sampling import Adjustments, Sampler, adjusts
+from .mlx_batch import Batches, OneAtATime
+from .mlx_sampling import Drawing, Sampler
 
 FALLBACK_CONTEXT_LENGTH: Final = 8192
 """For a config.json that names no length."""
@@ -70,17 +68,24 @@ class _Row:
 
     sequence: Sequence
     sampler: Sampler
-    text: codecs.IncrementalDecoder = field(
-        default_factory=lambda: codecs.getincrementaldecoder("utf-8")("replace")
-    )
     answer: list[int] = field(default_factory=list)
+    drawing: Drawing | None = None
+    """Once it is in the batch."""
 
     @property
     def tokens(self) -> int:
         return len(self.sequence.prompt) + len(self.answer)
 
+    def draw(self) -> Drawing:
+        """How it goes on from where it is."""
+        s = self.sequence
+        self.drawing = Drawing(self.sampler, s.params, s.prompt, self.answer, s.constraint)
+        return self.drawing
+
 
 class MLXBackend:
+    dimensions = 0
+
     def __init__(self, path: Path, settings: EngineSettings, kv_bytes: int) -> None:
         mx.set_cache_limit(settings.mlx_cache_bytes)
         if settings.wired_bytes:
@@ -102,16 +107,16 @@ class MLXBackend:
         if not isinstance(backend_tokenizer, Tokenizer):
             raise ModelLoadFailed(f"{path / 'tokenizer.json'}: missing, and no other kind is known")
         self._tokenizer = backend_tokenizer
-        self._token_bytes = token_bytes(self._tokenizer)
-        self.longest_token = max(map(len, self._token_bytes.values()), default=1)
+        self.vocabulary = vocabulary(self._tokenizer, tokenizer.eos_token_ids)
         self.chat_template = _template(tokenizer, settings)
-        self.vocabulary_size = self._tokenizer.get_vocab_size()
+        parser = tokenizer.init_kwargs.get("tool_parser_type")
+        self.tool_parser = parser if isinstance(parser, str) else None
         own = folder.context_length or FALLBACK_CONTEXT_LENGTH
         self.context_length = min(own, settings.context_length or own)
         self._batchable = all(map(_has_merge, make_prompt_cache(self._model)))
         self.parallel = settings.parallel if self._batchable else 1
         self.engine = f"mlx-lm {mlx_lm.__version__}"
-        self._stop_tokens = [[token] for token in sorted(tokenizer.eos_token_ids)]
+        self._stop_tokens = [[token] for token in sorted(self.vocabulary.end)]
         self._rate = PrefillRate(settings.prefill_slice_seconds)
         self._samplers: dict[tuple[float, int, float, float], Sampler] = {}
         self._waiting: deque[_Row] = deque()
@@ -122,10 +127,10 @@ class MLXBackend:
         """To be told by the next step."""
         self._generator = self._new_generator()
 
-    def _new_generator(self) -> BatchGenerator | _OneAtATime:
+    def _new_generator(self) -> Batches | OneAtATime:
         if not self._batchable:
-            return _OneAtATime(self._model, self._stop_tokens)
-        return BatchGenerator(
+            return OneAtATime(self._model, self._stop_tokens, SLICE_TOKENS[1])
+        return Batches(
             self._model,
             stop_tokens=self._stop_tokens,
             completion_batch_size=self.parallel,
@@ -134,8 +139,8 @@ class MLXBackend:
             prefill_step_size=SLICE_TOKENS[1],
         )
 
-    def tokenize(self, text: str) -> list[int]:
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+    def tokenize(self, text: str, *, raw: bool = False) -> list[int]:
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=raw).ids
         return ids
 
     def add(self, sequence: Sequence) -> None:
@@ -158,9 +163,21 @@ class MLXBackend:
                 return
         for inner, row in self._rows.items():
             if row.sequence.uid == uid:
-                self._generator.remove([inner])
-                self._forget(inner)
+                self._withdraw(inner)
                 return
+
+    def _withdraw(self, inner: int) -> None:
+        """Take a row out of the generator; those that wait for its prompt's cache wait anew."""
+        drawing = self._rows[inner].drawing
+        assert drawing is not None
+        for follower, _, _ in reversed(drawing.followers):
+            self._waiting.appendleft(self._rows[follower])
+            self._forget(follower)
+        for row in self._rows.values():
+            if row.drawing and inner in self._prefilling:
+                row.drawing.followers = [f for f in row.drawing.followers if f[0] != inner]
+        self._generator.remove([inner])
+        self._forget(inner)
 
     def _forget(self, inner: int) -> None:
         self._prefilling.discard(inner)
@@ -189,7 +206,10 @@ class MLXBackend:
             return self._recover(error)
         for progress in prefilled:
             if progress.end_of_prompt:
-                self._prefilling.discard(progress.uid)
+                prompt = self._rows[progress.uid].sequence.prompt
+                self._prefilling -= {
+                    i for i in self._prefilling if self._rows[i].sequence.prompt is prompt
+                }
         return [self._token_event(response) for response in generated]
 
     def _admit(self) -> None:
@@ -201,7 +221,8 @@ class MLXBackend:
         self._generator.prefill_step_size = slice_tokens
         if self._prefilling:
             return
-        longest = 0
+        longest = prompts = 0
+        leader: _Row | None = None
         while self._waiting and len(self._rows) < self.parallel:
             row = self._waiting[0]
             if self._kv_size([*self._rows.values(), row], GROWTH_TOKENS) > self._kv_bytes:
@@ -211,11 +232,15 @@ class MLXBackend:
                     self._waiting.popleft()
                     self._fail_for_memory(row)
                     continue
+            if leader and leader.sequence.prompt is row.sequence.prompt and not row.answer:
+                self._follow(leader, self._waiting.popleft())
+                continue
             longest = max(longest, row.tokens)
-            together = len(self._prefilling) + 1
-            if together > 1 and (together > PREFILL_ROWS or together * longest > slice_tokens):
+            prompts += 1
+            if prompts > 1 and (prompts > PREFILL_ROWS or prompts * longest > slice_tokens):
                 break
             self._insert(self._waiting.popleft())
+            leader = row if self._batchable and not row.answer else None
 
     def _kv_size(self, rows: Collection[_Row], growth: int = 1) -> int:
         """What their KV cache takes with `growth` more tokens each: padded to the longest."""
@@ -226,8 +251,7 @@ class MLXBackend:
         """Before the KV cache outgrows its grant, the youngest goes back to the queue."""
         while self._rows and self._kv_size(self._rows.values()) > self._kv_bytes:
             inner, row = list(self._rows.items())[-1]
-            self._generator.remove([inner])
-            self._forget(inner)
+            self._withdraw(inner)
             if self._rows:
                 self._waiting.appendleft(row)
             else:
@@ -243,32 +267,32 @@ class MLXBackend:
 
     def _insert(self, row: _Row) -> None:
         sequence = row.sequence
-        row.sampler.drawn = len(row.answer)
-        processors = (
-            [Adjustments(sequence.params, sequence.prompt, row.answer)]
-            if adjusts(sequence.params)
-            else []
-        )
         [inner] = self._generator.insert(
             [sequence.prompt + row.answer],
             max_tokens=[sequence.max_tokens - len(row.answer)],
-            samplers=[row.sampler],
-            logits_processors=[processors],
+            samplers=[row.draw()],
         )
+        self._rows[inner] = row
+        self._prefilling.add(inner)
+
+    def _follow(self, leader: _Row, row: _Row) -> None:
+        """Let a row begin with a copy of the leader's cache, once that has its prompt."""
+        assert leader.drawing and isinstance(self._generator, Batches)
+        inner = self._generator.new_uid()
+        leader.drawing.followers.append((inner, row.draw(), row.sequence.max_tokens))
         self._rows[inner] = row
         self._prefilling.add(inner)
 
     def _token_event(self, response: Any) -> StepEvent:
         row = self._rows[response.uid]
-        finish = response.finish_reason
-        data = b""
-        if finish != "stop":
-            row.answer.append(response.token)
-            data = self._token_bytes.get(response.token, b"")
-        if finish is not None:
+        row.answer.append(response.token)
+        if response.finish_reason is not None:
             self._forget(response.uid)
-        text = row.text.decode(data, final=finish is not None)
-        return TokenEvent(row.sequence.uid, text, finish)
+        logprobs = None
+        if response.logprobs is not None:
+            report, at = response.logprobs
+            logprobs = report[at, row.sequence.params.logprobs]
+        return TokenEvent(row.sequence.uid, response.token, response.finish_reason, logprobs)
 
     def _recover(self, error: Exception) -> list[StepEvent]:
         """After a failure the generator is unusable for every row (mlx-lm keeps no transaction).
@@ -311,66 +335,22 @@ class MLXBackend:
         mx.clear_cache()
 
 
-class _OneAtATime:
-    """What is used here of `BatchGenerator`, for a KV cache that it cannot merge: llama4's, say.
-
-    It merges even the cache of a single sequence. Here the whole prompt is prefilled in one step,
-    which holds up nobody else.
-    """
-
-    prefill_step_size = 0  # set like BatchGenerator's, and not used
-
-    def __init__(self, model: Any, stop_tokens: list[list[int]]) -> None:
-        self._model = model
-        self._stop_tokens = {token for [token] in stop_tokens}
-        self._uid = 0
-        self._left = 0
-        self._tokens: Iterator[tuple[int, mx.array]] = iter(())
-
-    def insert(
-        self, prompts: Any, max_tokens: list[int], samplers: Any, logits_processors: Any
-    ) -> list[int]:
-        self._uid += 1
-        self._left = max_tokens[0]
-        self._tokens = generate_step(
-            mx.array(prompts[0]),
-            self._model,
-            max_tokens=self._left,
-            sampler=samplers[0],
-            logits_processors=logits_processors[0],
-        )
-        return [self._uid]
-
-    def next(self) -> tuple[list[Any], list[Any]]:
-        token, _ = next(self._tokens)
-        self._left -= 1
-        finish = "stop" if token in self._stop_tokens else None if self._left else "length"
-        return (
-            [SimpleNamespace(uid=self._uid, end_of_prompt=True)],
-            [SimpleNamespace(uid=self._uid, token=token, finish_reason=finish)],
-        )
-
-    @contextmanager
-    def stats(self) -> Iterator[Any]:
-        yield SimpleNamespace(prompt_tokens=0, prompt_time=0.0)
-
-    def remove(self, uids: list[int]) -> None:
-        self._tokens = iter(())  # and with it the KV cache
-
-    def close(self) -> None:
-        self.remove([])
-
-
 class _PythonTemplate:
     """mlx-lm's own code, where a model comes without a template (DeepSeek V3.2)."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
 
-    def render(self, messages: list[ChatMessage]) -> str:
-        dicts = [{"role": m.role, "content": m.content} for m in messages]
+    source: str | None = None
+
+    def render(
+        self,
+        messages: list[dict[str, Any]],
+        tools: list[dict[str, Any]] | None = None,
+        kwargs: dict[str, Any] | None = None,
+    ) -> str:
         text: str = self._tokenizer.apply_chat_template(
-            dicts, tokenize=False, add_generation_prompt=True
+            messages, tools=tools, tokenize=False, add_generation_prompt=True, **(kwargs or {})
         )
         return text
 
@@ -385,8 +365,8 @@ def _template(tokenizer: Any, settings: EngineSettings) -> Template | None:
     return _PythonTemplate(tokenizer) if tokenizer.has_chat_template else None
 
 
-def token_bytes(tokenizer: Tokenizer) -> dict[int, bytes]:
-    """What each token id stands for; nothing, for control tokens.
+def vocabulary(tokenizer: Tokenizer, end: Collection[int]) -> Vocabulary:
+    """What each token id stands for.
 
     Text is made of bytes and not by the tokenizer's own decoders: those drop the space before a
     first word, and their stream fails on bytes that are no UTF-8 ("Invalid prefix encountered").
@@ -409,10 +389,15 @@ def token_bytes(tokenizer: Tokenizer) -> dict[int, bytes]:
                 return bytes([int(token[3:5], 16)])
             return token.replace("\u2581", " ").encode()
 
-    result = {id: encode(token) for token, id in tokenizer.get_vocab(False).items()}
-    for id, added in tokenizer.get_added_tokens_decoder().items():
-        result[id] = b"" if added.special else added.content.encode()
-    return result
+    ids = tokenizer.get_vocab(False)
+    added = tokenizer.get_added_tokens_decoder()
+    tokens = [b""] * (max([*ids.values(), *added], default=-1) + 1)
+    for token, id in ids.items():
+        tokens[id] = encode(token)
+    for id, entry in added.items():
+        tokens[id] = entry.content.encode()
+    control = {id for id, entry in added.items() if entry.special}
+    return Vocabulary(tokens, frozenset(control), frozenset(end))
 
 
 def _has_merge(cache: Any) -> bool:
