@@ -280,7 +280,7 @@ class Constraints:
                 return each
             except InvalidRequest as error:
                 if tool.strict:
-                    why = f"tool {tool.name[:64]!r}: {error.message}"
+                    why = f"tool {tool.name[:64]!r}: {error.message.partition(': ')[2]}"
                     raise grammars.refused(why, param) from None
         return grammars.ANY_OBJECT
 

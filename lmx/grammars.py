@@ -138,11 +138,17 @@ _spawning = threading.Lock()
 """Held while `threading.stack_size`, which is the process's, is not the default."""
 
 
-def compiled(end: frozenset[int], tokenizer: LLTokenizer, grammar: str, param: str) -> LLMatcher:
+def compiled(
+    end: frozenset[int],
+    tokenizer: LLTokenizer,
+    grammar: str,
+    param: str,
+    seconds: float = COMPILE_SECONDS,
+) -> LLMatcher:
     """The matcher of llguidance's JSON of grammars; `end` are the tokens that end an answer.
 
     Raises:
-        InvalidRequest: it cannot be compiled, or not in COMPILE_SECONDS.
+        InvalidRequest: it cannot be compiled, or not in so many seconds.
     """
     results: list[LLMatcher | str] = []
     thread = threading.Thread(
@@ -152,8 +158,8 @@ def compiled(end: frozenset[int], tokenizer: LLTokenizer, grammar: str, param: s
         threading.stack_size(STACK_BYTES)
         thread.start()
         threading.stack_size(0)
-    thread.join(COMPILE_SECONDS)
-    result = results[0] if results else f"it takes more than {COMPILE_SECONDS:g} s to compile"
+    thread.join(seconds)
+    result = results[0] if results else f"it takes more than {seconds:g} s to compile"
     if isinstance(result, str):
         raise refused(result, param)
     return result

@@ -22,8 +22,8 @@ LAYERS = """
     staging tool_parsers output
     chat_template
     backends
-    model_roots dialect constraints
-    gguf_tokenizer catalog backends.llama backends.mlx_sampling backends.gguf_sampling
+    model_roots dialect grammars
+    constraints gguf_tokenizer catalog backends.llama backends.mlx_sampling backends.gguf_sampling
     answer convert backends.mlx_batch backends.mlx_bert
     prompt backends.mlx backends.gguf backends.mlx_embedding backends.gguf_embedding
     runner memory
@@ -61,7 +61,7 @@ ALLOWED = {
     "transformers": {"backends.mlx", "convert"},
     "llama_cpp": LLAMA,
     "numpy": {*LLAMA, *MLX, "convert"},
-    "llguidance": {"constraints"},
+    "llguidance": {"constraints", "grammars"},
     "huggingface_hub": {"hub"},
 }
 """Where each engine, and Hugging Face's client, may be imported."""

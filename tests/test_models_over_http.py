@@ -130,12 +130,12 @@ def test_three_models_where_one_and_a_half_fit(tmp_path: Path) -> None:
     print(soak.soak(tmp_path, "gguf", requests=6))  # noqa: T201
 
 
-def test_load_and_unload_twenty_times(tmp_path: Path) -> None:
+def test_load_and_unload_ten_times(tmp_path: Path) -> None:
     """The runner's memory is all gone each time, and the server's own does not grow."""
     soak.put_models(tmp_path, "gguf")
     with serving(tmp_path, "--config", str(soak.write_config(tmp_path))) as server:
         sizes = []
-        for _ in range(20):
+        for _ in range(10):
             pid = server.post("/admin/model/load", {"model": "one"})["loaded"]["pid"]
             chat(server, "one", max_tokens=2)
             server.post("/admin/model/unload", {"model": "one"})

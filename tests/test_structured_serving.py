@@ -113,9 +113,9 @@ def test_a_required_call_is_always_valid(server: Serving, model: str, choice: st
             temperature=1.5,
             max_tokens=150,
         )
-        assert not message["content"]
         if finish == "length":
             return
+        assert not message["content"]
         assert finish == "tool_calls"
         complete += 1
         calls = message["tool_calls"]
@@ -324,14 +324,17 @@ async def test_what_the_model_cannot_be_held_to_is_refused(
         assert refused.value.param == param
 
 
-async def test_embeddings_by_the_official_client(client: AsyncOpenAI) -> None:
+def dot(a: list[float], b: list[float]) -> float:
+    return sum(x * y for x, y in zip(a, b, strict=True))
+
+
+async def test_embeddings_by_the_official_client(server: Serving, client: AsyncOpenAI) -> None:
     """Hundreds at once, in order, base64 as the client asks; similar sentences are near."""
     name = "text-embedding-minilm"
     words = ["A cat sits on the mat.", "There is a kitten on the rug.", "Stocks fell on Monday."]
     made = await client.embeddings.create(model=name, input=[*words, *(f"{i}" for i in range(200))])
     cat, kitten, stocks = (item.embedding for item in made.data[:3])
     assert [item.index for item in made.data] == list(range(203)) and len(cat) == 384
-    dot = lambda a, b: sum(x * y for x, y in zip(a, b, strict=True))  # noqa: E731
     assert dot(cat, kitten) > 0.5 > 0.2 > dot(cat, stocks)
     single = await client.embeddings.create(model=name, input="7", dimensions=10)
     [vector] = [item.embedding for item in single.data]
@@ -340,3 +343,7 @@ async def test_embeddings_by_the_official_client(client: AsyncOpenAI) -> None:
     with pytest.raises(BadRequestError) as refused:
         await client.embeddings.create(model=name, input="word " * 600)
     assert (refused.value.param, refused.value.code) == ("input", "context_length_exceeded")
+    loaded = server.get(f"/admin/models/{name}").json()
+    assert loaded["kind"] == "embedding"
+    memory = loaded["loaded"]["memory"]
+    assert loaded["size_bytes"] < memory["measured_loaded"] < memory["estimated_loaded"]
