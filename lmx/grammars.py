@@ -44,8 +44,14 @@ MAX_JOINED_PATTERNS: Final = 12
 MAX_MULTIPLE: Final = 100_000
 """The least common multiple of all `multipleOf`, as digits without zeros at the end: 0.4 s."""
 
-JSON_OPTIONS: Final = {"whitespace_pattern": r" |\n {0,32}|\n\t{0,16}"}
-"""One space or one indented new line at a time: given more, models write blank lines forever."""
+JSON_OPTIONS: Final = {
+    "whitespace_flexible": False,
+    "key_separator": ": ?",
+    "item_separator": ", ?",
+}
+"""One line, with a space where `json.dumps` has one or none. Given more, models write blank lines
+forever. And whitespace before a colon costs sense: as a name's quote then ends all that is certain,
+it comes as a token by itself, and from there SmolLM2 broke the line, which it never does freely."""
 ANY_OBJECT: Final = {"type": "object", "x-guidance": JSON_OPTIONS}
 
 FORMATS: Final = {
