@@ -14,7 +14,7 @@ from msgspec import UNSET, Meta, UnsetType
 from . import schema as wire
 from .config import SamplingDefaults
 from .errors import InvalidRequest
-from .generation import Chat, ChatMessage, GenerationRequest, Grammar, Tool, ToolCall
+from .generation import Chat, ChatMessage, GenerationRequest, Tool, ToolCall
 
 ROLES: Final = {"developer": "system", "function": "tool"}
 """Roles that chat templates know by another name."""
@@ -33,13 +33,17 @@ class CalledFunction(wire.Wire, frozen=True, kw_only=True):
     arguments: str | dict[str, Any] | None = None
 
     def to_tool_call(self, id: str, where: str) -> ToolCall:
-        # A call without arguments is often kept as "".
-        return ToolCall(id, self.name, wire.object_text(self.arguments or {}, f"{where}.arguments"))
+        """Arguments of a call without any are often kept as "". A string may hold anything: agents
+        send back what a model has cut off or got wrong, with the error it led to."""
+        text = self.arguments
+        if isinstance(text, dict):
+            text = wire.object_text(text, f"{where}.arguments")
+        return ToolCall(id, self.name, text if text and text.strip() not in ("", "null") else "{}")
 
 
 class MessageToolCall(wire.Wire, frozen=True, kw_only=True):
     id: str
-    type: Literal["function"] = "function"
+    type: Literal["function"] | None = "function"
     function: CalledFunction
 
 
@@ -73,9 +77,10 @@ class Message(wire.Wire, frozen=True, kw_only=True):
 
     def _text(self, where: str) -> str:
         if isinstance(self.content, list):
-            return "\n".join(_text(part, f"{where}[{i}]") for i, part in enumerate(self.content))
-        if self.content is None and self.role != "assistant":
-            # Only an assistant's turn may be all tool calls and no text.
+            parts = [_text(part, f"{where}[{i}]") for i, part in enumerate(self.content)]
+            return "\n".join(part for part in parts if part is not None)
+        if self.content is None and self.role not in ("assistant", "tool", "function"):
+            # An assistant's turn may be all tool calls, and a tool return nothing.
             raise InvalidRequest(
                 "Invalid value for 'content': expected a string, got null.", param=where
             )
@@ -89,15 +94,18 @@ class Message(wire.Wire, frozen=True, kw_only=True):
             yield self.function_call.to_tool_call(name, f"{where}.function_call")
 
 
-def _text(part: ContentPart, where: str) -> str:
-    if part.type not in ("text", "refusal"):
+def _text(part: ContentPart, where: str) -> str | None:
+    """None: what another model has thought, which is not for this one."""
+    if part.type in ("thinking", "redacted_thinking", "reasoning"):
+        return None
+    if part.type not in ("text", "input_text", "output_text", "refusal"):
         raise InvalidRequest(
             f"Invalid content type {part.type[:64]!r}: this model takes text only.",
             param=f"{where}.type",
         )
-    text = part.text if part.type == "text" else part.refusal
+    text = part.refusal if part.type == "refusal" else part.text
     if text is None:
-        raise wire.missing(f"{where}.{part.type}")
+        raise wire.missing(f"{where}.{'refusal' if part.type == 'refusal' else 'text'}")
     return text
 
 
@@ -141,27 +149,6 @@ class ToolChoice(wire.Wire, frozen=True, kw_only=True):
     allowed_tools: AllowedTools | None = None
 
 
-class JSONSchemaFormat(wire.Wire, frozen=True, kw_only=True):
-    """Whether it is `strict` makes no difference: it is enforced."""
-
-    schema: dict[str, Any]
-
-
-class ResponseFormat(wire.Wire, frozen=True, kw_only=True):
-    type: Literal["text", "json_object", "json_schema"]
-    json_schema: JSONSchemaFormat | None = None
-
-    def to_grammar(self) -> Grammar | None:
-        if self.type == "text":
-            return None
-        if self.type == "json_object":
-            return Grammar("json_object", "")
-        if self.json_schema is None:
-            raise wire.missing("response_format.json_schema")
-        schema = wire.object_text(self.json_schema.schema, "response_format.json_schema.schema")
-        return Grammar("json_schema", schema)
-
-
 class ChatCompletionRequest(wire.SampledRequest, frozen=True, kw_only=True):
     messages: Annotated[list[Message], Meta(min_length=1, max_length=4096)]
     max_completion_tokens: wire.CountOrNoLimit | None = None
@@ -172,7 +159,6 @@ class ChatCompletionRequest(wire.SampledRequest, frozen=True, kw_only=True):
     parallel_tool_calls: bool | None = None
     functions: list[Any] | None = None
     function_call: Any = None
-    response_format: ResponseFormat | None = None
 
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
@@ -206,11 +192,6 @@ class ChatCompletionRequest(wire.SampledRequest, frozen=True, kw_only=True):
         return GenerationRequest(
             chat, params, n=int(self.n or 1), grammar=None if chat.required else grammar
         )
-
-    def grammars(self) -> Iterator[tuple[str, Grammar]]:
-        if self.response_format is not None and (grammar := self.response_format.to_grammar()):
-            yield "response_format", grammar
-        yield from super().grammars()
 
     def _to_chat(self, defaults: SamplingDefaults) -> Chat:
         tools = [tool.to_tool(f"tools[{i}]") for i, tool in enumerate(self.tools or ())]

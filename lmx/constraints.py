@@ -46,6 +46,8 @@ class Compiled:
     opening: int | None
     """The token that begins reasoning where the answer could begin."""
     thinking: bool
+    any_but_end: bytes
+    """The mask while it reasons, where something must follow."""
 
     def new(self) -> Constraint:
         return Constraint(self)
@@ -73,6 +75,8 @@ class Constraint:
 
     def mask(self) -> bytes | None:
         of = self._of
+        if self._state == "thinking" and not of.in_text:
+            return of.any_but_end
         if self.error or self._state in ("thinking", "text", "loose"):
             return None
         if self._state == "over":
@@ -90,7 +94,8 @@ class Constraint:
 
     def accept(self, token: int) -> None:
         of = self._of
-        data = of.vocabulary.tokens[token]
+        tokens = of.vocabulary.tokens
+        data = tokens[token] if token < len(tokens) else b""  # logits may be padded
         if self.error or self._state == "over":
             return
         if token in of.vocabulary.end:
@@ -174,11 +179,15 @@ class Constraints:
         self._encode = encode
         self._lock = threading.Lock()
         self._tokenizers: dict[frozenset[int], LLTokenizer] = {}
-        self._matcher = lru_cache(MAX_CACHED)(partial(grammars.compiled, vocabulary.end))
+        self._compilation = lru_cache(MAX_CACHED)(partial(grammars.compilation, vocabulary.end))
         newlines = {b"\n" * n: n for n in range(1, NEWLINES + 1)}
         self._newlines = {
             i: newlines[token] for i, token in enumerate(vocabulary.tokens) if token in newlines
         }
+        bits = (1 << len(vocabulary.tokens)) - 1
+        for token in vocabulary.end:
+            bits &= ~(1 << token)
+        self._any_but_end = bits.to_bytes((len(vocabulary.tokens) + 31) // 32 * 4, "little")
 
     def compile(
         self,
@@ -193,6 +202,7 @@ class Constraints:
 
         Raises:
             InvalidRequest: not a grammar or schema, or not one that can be enforced.
+            QueueFull: too many others are being compiled.
         """
         calls = calls if calls and calls.tools else None
         if grammar is None and calls is None:
@@ -204,9 +214,7 @@ class Constraints:
             matcher = self._calls(tokenizer, calls, grammar, special, in_text)
         else:
             assert grammar
-            matcher = self._compiled(
-                tokenizer, [grammars.answer(grammar)], grammars.param_of(grammar)
-            )
+            matcher = self._compiled(tokenizer, [grammars.answer(grammar)], grammar.param)
         opening = (i for name, i in special.items() if reasoning and reasoning[0].startswith(name))
         return Compiled(
             vocabulary=self._vocabulary,
@@ -220,6 +228,7 @@ class Constraints:
             reasoning=(reasoning[0].encode(), reasoning[1].encode()) if reasoning else None,
             opening=next(opening, None),
             thinking=thinking and reasoning is not None,
+            any_but_end=self._any_but_end,
         )
 
     def _special(self, *markers: Iterable[str]) -> dict[str, int]:
@@ -266,7 +275,7 @@ class Constraints:
                     raise
                 schemas[i] = self._enforceable(tokenizer, tool, schemas[i], params[i])
             if whole and grammar:
-                self._compiled(tokenizer, [whole], grammars.param_of(grammar))
+                self._compiled(tokenizer, [whole], grammar.param)
             return compiled()
 
     def _enforceable(
@@ -285,7 +294,10 @@ class Constraints:
         return grammars.ANY_OBJECT
 
     def _compiled(self, tokenizer: LLTokenizer, parts: list[Any], param: str) -> LLMatcher:
-        return self._matcher(tokenizer, json.dumps({"grammars": parts}), param)
+        result = self._compilation(tokenizer, json.dumps({"grammars": parts}))()
+        if isinstance(result, str):
+            raise grammars.refused(result, param)
+        return result
 
 
 class _Tokens:

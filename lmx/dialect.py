@@ -202,11 +202,13 @@ def _message(message: ChatMessage) -> dict[str, Any]:
     return fields
 
 
-def _arguments(call: ToolCall) -> Any:
+def _arguments(call: ToolCall) -> dict[str, Any]:
+    """As an object, which templates walk through, even if the model wrote something else."""
     try:
-        return json.loads(call.arguments or "{}")
+        parsed = json.loads(call.arguments or "{}")
     except (ValueError, RecursionError):
-        return call.arguments
+        parsed = None
+    return parsed if isinstance(parsed, dict) else {"arguments": call.arguments}
 
 
 def _generic(messages: list[ChatMessage]) -> list[dict[str, Any]]:

@@ -52,6 +52,8 @@ class Grammar:
     kind: Literal["json_schema", "json_object", "regex", "choice", "grammar"]
     text: str
     """The schema, the regular expression, a JSON list of strings, or Lark or GBNF."""
+    param: str = "response_format"
+    """What the client has asked for it by."""
 
 
 @dataclass(frozen=True, slots=True)

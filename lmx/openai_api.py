@@ -142,7 +142,7 @@ async def _chunks(
             created=int(time.time()),
             model=lease.model.id,
             system_fingerprint=f"lmx {__version__}, {engine}",
-            service_tier=msgspec.UNSET if body.service_tier is None else "default",
+            service_tier=_tier(body.service_tier),
             usage=None if include_usage else msgspec.UNSET,
         )
         chunks = [chunk(choices=[choice]) for choice in pieces.start()]
@@ -162,6 +162,12 @@ async def _chunks(
             if chunks:
                 yield chunks
                 chunks = []
+
+
+def _tier(asked: str | None) -> str | msgspec.UnsetType:
+    if asked is None:
+        return msgspec.UNSET
+    return "default" if asked == "auto" else asked
 
 
 def _finished(events: list[Delta | Embedded | Finished]) -> Finished | None:

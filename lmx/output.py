@@ -107,7 +107,7 @@ class OutputParser:
         return [] if self.stopped else self._run(final=True)
 
     def take_logprobs(self) -> list[TokenLogprob]:
-        """Of tokens whose text has begun to go out as content since the last look."""
+        """Of tokens whose text has all gone out as content since the last look."""
         taken, self._released = self._released, []
         return taken
 
@@ -258,9 +258,13 @@ class OutputParser:
         self._settle(released)
 
     def _settle(self, released: bool) -> None:
-        """Done with all text before what is held."""
+        """Done with all text before what is held. A token that goes on there has to wait: it may
+        show a part of a stop string."""
         at = self._fed - len(self._held)
         while self._tokens and self._tokens[0][0] < at:
+            end = self._tokens[1][0] if len(self._tokens) > 1 else self._fed
+            if end > at:
+                return
             _, token = self._tokens.popleft()
             if released:
                 self._released.append(token)

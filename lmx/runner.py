@@ -248,6 +248,8 @@ class Runner:
                     length = math.hypot(*vector) or 1.0
                     vector = [value / length for value in vector]
                 events.append(Embedded(request.id, answer.index, array("f", vector).tobytes()))
+            case TokenEvent() if answer.error:
+                return self._fail(request, answer.error)
             case TokenEvent(uid):
                 parts, finish = answer.take(step)
                 logprobs = answer.take_logprobs()
@@ -259,8 +261,6 @@ class Runner:
                     if step.finish is None:
                         self._backend.remove(uid)
                     self._leave(request, uid)
-                elif answer.error:
-                    return [*events, *self._fail(request, answer.error)]
         if not request.running:
             del self._requests[request.id]
             events.append(request.finished())

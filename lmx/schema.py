@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import cache
 from typing import Annotated, Any, Final, Literal, TypeVar
 
@@ -36,6 +37,8 @@ TokenId = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 TokenIds = Annotated[list[TokenId], Meta(min_length=1)]
 Bias = Annotated[float, Meta(ge=-100, le=100)]
 
+SMALLEST_TOP_P: Final = 1e-6
+"""0 means this, the likeliest token alone; the engines differ over a real 0."""
 MAX_COUNT: Final = 2**31 - 1
 """Counts above this mean the same as this; it fits every engine's integers."""
 MAX_NESTING: Final = 64
@@ -81,6 +84,32 @@ class StructuredOutputs(Wire, frozen=True, kw_only=True):
             yield f"{prefix}grammar", Grammar("grammar", self.grammar)
 
 
+class JSONSchemaFormat(Wire, frozen=True, kw_only=True):
+    """Whether it is `strict` makes no difference: it is enforced."""
+
+    schema: dict[str, Any]
+
+
+class ResponseFormat(Wire, frozen=True, kw_only=True):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JSONSchemaFormat | None = None
+    schema: dict[str, Any] | None = None
+    """llama.cpp's, and others'."""
+
+    def to_grammar(self) -> Grammar | None:
+        if self.type == "text":
+            return None
+        if self.json_schema is not None and self.type == "json_schema":
+            text = object_text(self.json_schema.schema, "response_format.json_schema.schema")
+        elif self.schema is not None:
+            text = object_text(self.schema, "response_format.schema")
+        elif self.type == "json_schema":
+            raise missing("response_format.json_schema")
+        else:
+            return Grammar("json_object", "")
+        return Grammar("json_schema", text)
+
+
 class SampledRequest(ModelRequest, frozen=True, kw_only=True):
     """What chat completions and completions have in common."""
 
@@ -90,7 +119,7 @@ class SampledRequest(ModelRequest, frozen=True, kw_only=True):
     service_tier: str | None = None
 
     temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
+    top_p: Annotated[float, Meta(ge=0, le=1)] | None = None
     top_k: CountOrNoLimit | None = None
     """LM Studio's; 0 and -1 are off."""
     min_p: Annotated[float, Meta(ge=0, le=1)] | None = None
@@ -107,6 +136,7 @@ class SampledRequest(ModelRequest, frozen=True, kw_only=True):
     max_tokens: CountOrNoLimit | None = None
     """-1 is no limit, LM Studio's habit."""
 
+    response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
     guided_json: str | dict[str, Any] | None = None
     """vLLM's older names for the same."""
@@ -120,6 +150,8 @@ class SampledRequest(ModelRequest, frozen=True, kw_only=True):
 
     def grammars(self) -> Iterator[tuple[str, Grammar]]:
         """What the answer must match, each with the parameter that asks for it."""
+        if self.response_format is not None and (grammar := self.response_format.to_grammar()):
+            yield "response_format", grammar
         guided = StructuredOutputs(
             json=self.guided_json,
             regex=self.guided_regex,
@@ -135,14 +167,14 @@ class SampledRequest(ModelRequest, frozen=True, kw_only=True):
             yield from asked
 
     def to_grammar(self) -> Grammar | None:
-        asked = list(self.grammars())
+        asked = [replace(grammar, param=param) for param, grammar in self.grammars()]
         if len(asked) > 1:
-            [first, _], [second, _], *_ = asked
+            first, second, *_ = (grammar.param for grammar in asked)
             raise InvalidRequest(
                 f"'{first}' and '{second}' cannot be combined: an answer can have one of them.",
                 param=second,
             )
-        return asked[0][1] if asked else None
+        return asked[0] if asked else None
 
     def to_sampling(
         self, defaults: SamplingDefaults, *, max_tokens: int | None, logprobs: float | None
@@ -154,7 +186,7 @@ class SampledRequest(ModelRequest, frozen=True, kw_only=True):
             presence_penalty=_or(self.presence_penalty, 0.0),
             frequency_penalty=_or(self.frequency_penalty, 0.0),
             top_k=min(max(int(top_k), 0), MAX_COUNT),
-            top_p=_or(self.top_p, defaults.top_p),
+            top_p=max(_or(self.top_p, defaults.top_p), SMALLEST_TOP_P),
             min_p=_or(self.min_p, defaults.min_p),
             temperature=_or(self.temperature, defaults.temperature),
             seed=None if self.seed in (None, -1) else int(self.seed),

@@ -161,4 +161,22 @@ AWKWARD: Final[dict[str, Any]] = {
         "title": "Model",
         "type": "object",
     },
+    "zod-record": {
+        "type": "object",
+        "propertyNames": {"type": "string", "description": "D"},
+        "additionalProperties": {"type": "integer"},
+    },
+    "zod-enum-record": {
+        "type": "object",
+        "propertyNames": {"type": "string", "enum": ["a.b", "x\n", 'q"', "ü", "a|c"]},
+        "additionalProperties": {"type": "boolean"},
+        "required": ["a.b", "x\n", 'q"'],
+    },
+    "pydantic-enum-dict": {
+        "$defs": {"Color": {"enum": ["red", "green"], "title": "Color", "type": "string"}},
+        "properties": {"m": {"propertyNames": {"$ref": "#/$defs/Color"}, "type": "object"}},
+        "required": ["m"],
+    },
+    "whole-floats": {"type": "array", "items": {"maxLength": 2.0}, "minItems": 1.0, "maxItems": 2},
+    "format-and-look-around": {"type": "string", "format": "email", "pattern": "^(?!\\.).+@.+$"},
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import msgspec
@@ -132,6 +133,14 @@ def json_schema(**fields: Any) -> dict[str, Any]:
     [
         ({"response_format": {"type": "json_object"}}, Grammar("json_object", "")),
         (json_schema(), Grammar("json_schema", SCHEMA_TEXT)),
+        (
+            {"response_format": {"type": "json_object", "schema": SCHEMA}},
+            Grammar("json_schema", SCHEMA_TEXT),
+        ),
+        (
+            {"response_format": {"type": "json_schema", "schema": SCHEMA}},
+            Grammar("json_schema", SCHEMA_TEXT),
+        ),
         (json_schema(strict=True), Grammar("json_schema", SCHEMA_TEXT)),
         (json_schema(strict="true", name=None), Grammar("json_schema", SCHEMA_TEXT)),
         ({"guided_json": SCHEMA}, Grammar("json_schema", SCHEMA_TEXT)),
@@ -148,8 +157,11 @@ def json_schema(**fields: Any) -> dict[str, Any]:
     ],
 )
 def test_grammars(fields: dict[str, Any], expected: Grammar) -> None:
-    """OpenAI's and vLLM's ways to ask for a structure, with the order of the schema kept."""
-    assert read(**fields).grammar == expected
+    """OpenAI's and vLLM's ways to ask for a structure, with the order of the schema kept, and the
+    name of what has asked for it."""
+    grammar = read(**fields).grammar
+    assert grammar is not None and grammar.param.partition(".")[0] in fields
+    assert replace(grammar, param=expected.param) == expected
 
 
 @pytest.mark.parametrize(
@@ -218,3 +230,33 @@ def test_reasoning_may_stay_inline() -> None:
 def test_n() -> None:
     """One answer unless more are asked for."""
     assert [read(**fields).n for fields in ({}, {"n": 1}, {"n": 8.0})] == [1, 1, 8]
+
+
+@pytest.mark.parametrize("arguments", ['{"a":', "[1]", '"x"', "not json", '{"a": NaN}', "{}{}"])
+def test_what_a_model_got_wrong_may_stand_in_the_history(arguments: str) -> None:
+    """Agents send a broken call back with the error it led to: its text is kept."""
+    function = {"name": "f", "arguments": arguments}
+    turn = {"role": "assistant", "tool_calls": [{"id": "1", "type": None, "function": function}]}
+    result = {"role": "tool", "tool_call_id": "1", "content": None}
+    messages = read_chat(messages=[{"role": "user", "content": "x"}, turn, result]).messages
+    assert messages[1].tool_calls[0].arguments == arguments and messages[2].content == ""
+
+
+@pytest.mark.parametrize("arguments", [None, "", " ", "null", {}])
+def test_a_call_without_arguments(arguments: object) -> None:
+    """However it is written, it is an empty object."""
+    function = {"name": "f", "arguments": arguments}
+    turn = {"role": "assistant", "tool_calls": [{"id": "1", "function": function}]}
+    [message] = read_chat(messages=[turn]).messages
+    assert message.tool_calls[0].arguments == "{}"
+
+
+def test_content_parts_of_other_makers() -> None:
+    """Text by its names in other APIs is text, and what another model thought is left out."""
+    parts = [
+        {"type": "thinking", "thinking": "hm"},
+        {"type": "output_text", "text": "a"},
+        {"type": "input_text", "text": "b"},
+    ]
+    [message] = read_chat(messages=[{"role": "assistant", "content": parts}]).messages
+    assert message.content == "a\nb"

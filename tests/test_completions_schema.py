@@ -126,7 +126,9 @@ def test_answers_to_a_completion(fields: dict[str, Any], n: int, logprobs: int |
 
 def test_a_completion_may_have_a_structure() -> None:
     """vLLM's fields work here as in a chat."""
-    assert complete(guided_choice=["a"]).grammar == Grammar("choice", '["a"]')
+    assert complete(guided_choice=["a"]).grammar == Grammar("choice", '["a"]', "guided_choice")
+    structured = complete(response_format={"type": "json_object"})
+    assert structured.grammar == Grammar("json_object", "")
 
 
 BAD_EMBEDDINGS: list[tuple[dict[str, Any], str]] = [

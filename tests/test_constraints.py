@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from lmx import gguf_tokenizer, grammars
 from lmx.backends import Vocabulary
 from lmx.constraints import MAX_CACHED, Calls, Compiled, Constraint, Constraints
-from lmx.errors import GenerationFailed, InvalidRequest
+from lmx.errors import GenerationFailed, InvalidRequest, QueueFull
 from lmx.generation import Grammar, Tool
 from lmx.gguf_header import read_header
 
@@ -96,6 +96,10 @@ def allowed(constraint: Constraint) -> Ids:
     assert mask is not None and len(mask) == 6148
     bits = np.unpackbits(np.frombuffer(mask, np.uint8), bitorder="little")
     return np.flatnonzero(bits)
+
+
+def everything_but_the_end(constraint: Constraint) -> bool:
+    return set(range(len(vocabulary().tokens))) - set(allowed(constraint)) == vocabulary().end
 
 
 def feed(constraint: Constraint, text: str) -> None:
@@ -188,6 +192,7 @@ def test_whitespace_is_bounded() -> None:
 
 
 LARK = 'start: "a" b+ "é"?\nb: /[0-9]/ | "(" b ")"'
+OPAQUE = 'start: A "&" /[~&]/ # & \nA: "a"~2 // ~'
 GBNF = 'root ::= "yes" rest*\nrest ::= [ ] [0-9]+'
 
 
@@ -200,6 +205,8 @@ GBNF = 'root ::= "yes" rest*\nrest ::= [ ] [0-9]+'
         ("choice", '["a", "ab", "q\\"/\\\\", "ü\\n😀\\u0000"]', 'a|ab|q"/\\\\|ü\n😀\x00'),
         ("choice", '["only"]', "only"),
         ("grammar", LARK, r"a([0-9]|\(+[0-9]\)+)+é?"),
+        ("grammar", OPAQUE, "aa&[~&]"),
+        ("grammar", 'start: %json\n{"const": 1, "format": "x"} "."', "1[.]"),
         ("grammar", GBNF, "yes( [0-9]+)*"),
     ],
 )
@@ -240,6 +247,8 @@ for _ in range(40):
     DEEP = {"type": "array", "items": DEEP if isinstance(DEEP, dict) else {}}
 WORDS: Final = [f"{n:x}".translate(str.maketrans("0123456789", "ghijklmnop")) for n in range(5000)]
 
+JOINED: Final = {"allOf": [{"pattern": f".*{word}.*"} for word in WORDS[:24]]}
+
 REFUSED: Final[list[tuple[Grammar, str]]] = [
     *(
         (json_schema(schema), expected)
@@ -263,7 +272,10 @@ REFUSED: Final[list[tuple[Grammar, str]]] = [
             ({"not": {"type": "string"}}, "not"),
             ({"type": "array", "uniqueItems": True}, "uniqueItems"),
             ({"type": "string", "pattern": "(?=a)"}, "look-around"),
-            ({"type": "string", "pattern": "a" * 257}, "256"),
+            ({"type": "string", "pattern": "a" * 1025}, "1024"),
+            ({"minLength": 1.5}, "minLength"),
+            ({"propertyNames": {"pattern": "^a"}}, "propertyNames"),
+            ({"propertyNames": {"enum": ["a"]}, "properties": {}}, "propertyNames"),
             (DEEP, "32"),
             ({"enum": WORDS}, "4096"),
             ({"properties": {word: {} for word in WORDS[:1025]}}, "1024"),
@@ -273,8 +285,8 @@ REFUSED: Final[list[tuple[Grammar, str]]] = [
         ]
     ),
     (Grammar("json_schema", "{"), "line 1"),
-    (Grammar("json_schema", "[" * 60_000), "nested"),
-    (Grammar("regex", "["), "unclosed"),
+    (Grammar("json_schema", "[" * 60_000), "recursion"),
+    (Grammar("regex", "[", "structured_outputs.regex"), "unclosed"),
     (Grammar("regex", r"\bword\b"), "lookaround"),
     (Grammar("regex", "a" * 65537), "65536"),
     (Grammar("choice", "[]"), "choices"),
@@ -285,6 +297,11 @@ REFUSED: Final[list[tuple[Grammar, str]]] = [
     (Grammar("grammar", "root ::= " + "(" * 3000), "recursion"),
     (Grammar("grammar", "start: missing"), "missing"),
     (Grammar("grammar", "start: start"), "nothing"),
+    (Grammar("grammar", 'start: T\nT: "&" & /a~/'), "'&'"),
+    (Grammar("grammar", "start: T\nT: ~(/a/ | /b/)"), "'~'"),
+    (Grammar("grammar", 'start: /"/ T # "\nT: /a/ & /b/ # "'), "'&'"),
+    (Grammar("grammar", "start: %json " + json.dumps(JOINED)), "patterns"),
+    (Grammar("grammar", "start: %json " + "[" * 60_000), "recursion"),
 ]
 
 
@@ -295,8 +312,7 @@ def test_refused(grammar: Grammar, expected: str) -> None:
     """What is wrong, unsatisfiable, unsupported or too large is refused in one line saying why."""
     with pytest.raises(InvalidRequest) as caught:
         compiled(grammar)
-    is_json = grammar.kind == "json_schema"
-    assert caught.value.param == ("response_format" if is_json else "structured_outputs")
+    assert caught.value.param == grammar.param
     assert expected in caught.value.message
     assert len(caught.value.message) <= 500 and "\n" not in caught.value.message
 
@@ -334,8 +350,15 @@ def test_a_slow_grammar_is_given_up() -> None:
     tokenizer = compiled(Grammar("json_object", "")).tokenizer
     schema = {"type": "object", "properties": {word: {} for word in WORDS[:1000]}}
     grammar = json.dumps({"grammars": [{"json_schema": schema}]})
-    with pytest.raises(InvalidRequest, match="more than 0 s to compile"):
-        grammars.compiled(vocabulary().end, tokenizer, grammar, "tools", seconds=0)
+    result = grammars.compilation(vocabulary().end, tokenizer, grammar, seconds=0)
+    assert result() == "it takes more than 0 s to compile"
+
+
+def test_few_grammars_at_a_time() -> None:
+    """While two are being compiled, given up or not, others are refused, to be tried again."""
+    tokenizer = compiled(Grammar("json_object", "")).tokenizer
+    with grammars.places, grammars.places, pytest.raises(QueueFull, match="compiled"):
+        grammars.compilation(vocabulary().end, tokenizer, "{}", seconds=0)
 
 
 @pytest.mark.parametrize(
@@ -343,6 +366,12 @@ def test_a_slow_grammar_is_given_up() -> None:
     [
         ({"type": "array", "uniqueItems": True}, False, True),
         ({"type": "objekt"}, False, True),
+        ({"properties": {"a": {"pattern": "a" * 1025}}}, True, True),
+        ({"properties": {"a": {"pattern": "a" * 1025}}}, False, False),
+        ({"properties": {"a": {"$ref": "http://127.0.0.1/s"}}}, False, False),
+        ({"properties": {word: {} for word in WORDS[:1025]}}, False, False),
+        ({"description": "x" * 65536}, False, False),
+        (DEEP, False, False),
         ({"properties": []}, False, True),
         ({"properties": {"a": {"uniqueItems": True}}}, True, True),
         ({"properties": {"a": {"uniqueItems": True}}}, False, False),
@@ -480,7 +509,7 @@ def test_grammar_begins_behind_the_reasoning(newlines: str) -> None:
     """Reasoning is free; behind it, and up to two newlines, comes the grammar."""
     constraint = compiled(json_schema({"type": "integer"}), None, REASONING, True).new()
     feed(constraint, "Hm, <think> {1}\n")
-    assert constraint.mask() is None
+    assert everything_but_the_end(constraint)
     feed(constraint, "</think>" + newlines)
     assert accepts(constraint, "12")
     assert "\n" not in {vocabulary().tokens[token].decode() for token in allowed(constraint)}
@@ -507,7 +536,7 @@ def test_text_markers_of_reasoning(behind: str) -> None:
     assert result is not None
     constraint = result.new()
     feed(constraint, "thoughts [end")
-    assert constraint.mask() is None
+    assert everything_but_the_end(constraint)
     constraint.accept(len(tokens) - 1)
     assert accepts(constraint, 'x"')
 
@@ -520,7 +549,7 @@ def test_reasoning_may_be_opened_first() -> None:
     assert accepts(thinking.new(), "12")
     constraint = thinking.new()
     feed(constraint, "<think>free")
-    assert constraint.mask() is None
+    assert everything_but_the_end(constraint)
     feed(constraint, "</think>")
     assert accepts(constraint, "12")
     constraint = thinking.new()
@@ -545,9 +574,11 @@ def test_reasoning_about_calls(thinking: bool, text: str) -> None:
 
 
 def test_required_call_behind_reasoning() -> None:
-    """Reasoning may come before a required call too."""
+    """Reasoning may come before a required call too, and cannot end the answer."""
     constraint = compiled(None, calls(tool()), REASONING, True).new()
-    feed(constraint, "Which one?</think>\n")
+    feed(constraint, "Which one?")
+    assert everything_but_the_end(constraint)
+    feed(constraint, "</think>\n")
     assert accepts(constraint, CALL)
 
 
@@ -574,6 +605,14 @@ def test_a_refused_token_is_an_error() -> None:
     assert constraint.mask() is None
     constraint.restart([])
     assert constraint.error is None and accepts(constraint, "12")
+
+
+@pytest.mark.parametrize("thinking", [True, False])
+def test_a_token_beyond_the_vocabulary(thinking: bool) -> None:
+    """Padded logits may yield one: it is no text in free stretches, elsewhere an error."""
+    constraint = compiled(json_schema({"type": "integer"}), None, REASONING, thinking).new()
+    constraint.accept(len(vocabulary().tokens))
+    assert (constraint.error is None) == thinking
 
 
 def test_too_much_to_compute_is_an_error() -> None:
@@ -607,6 +646,19 @@ def test_grammars_are_kept() -> None:
     for number in range(1, MAX_CACHED + 1):
         matcher(number)
     assert matcher(0) is not first
+
+
+def test_refusals_are_kept() -> None:
+    """What was refused is not compiled again."""
+    mine = Constraints(vocabulary(), encode)
+
+    def refuse() -> None:
+        with pytest.raises(InvalidRequest, match="unclosed"):
+            mine.compile(Grammar("grammar", "start: /[/"), None, reasoning=None, thinking=False)
+
+    refuse()
+    with grammars.places, grammars.places:
+        refuse()
 
 
 def test_awkward_vocabulary() -> None:

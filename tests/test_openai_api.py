@@ -185,10 +185,11 @@ def test_stream_with_usage(client: TestClient) -> None:
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
 def test_service_tier_is_answered_when_asked_for(client: TestClient, stream: bool) -> None:
-    """A request with a service tier gets the only one there is."""
-    response = chat(client, stream=stream, service_tier="flex")
-    answer = json.loads(data_of(response)[0]) if stream else response.json()
-    assert answer["service_tier"] == "default"
+    """The tier a request asks for is echoed; `auto` is no tier."""
+    for asked, told in (("flex", "flex"), ("auto", "default")):
+        response = chat(client, stream=stream, service_tier=asked)
+        answer = json.loads(data_of(response)[0]) if stream else response.json()
+        assert answer["service_tier"] == told
 
 
 def test_what_the_model_is_asked(server: Server, client: TestClient) -> None:

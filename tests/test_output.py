@@ -431,7 +431,7 @@ def tokens(*texts: str) -> list[tuple[str, TokenLogprob]]:
         (("<think>", "a", "</think>", "\n\n", "b", " ", "c"), (), ["b", " ", "c"]),
         (("a", "\n", "<tool_call>", "no", "</tool_call>", "b"), (), None),
         (("a", "\n", "<tool_call>", '{"name": "f", "arguments": {', "}}", "</tool_call>"), (), "a"),
-        (("a", "b E", "N", "D", "c"), ("END",), ["a", "b E"]),
+        (("a", "b E", "N", "D", "c"), ("END",), ["a"]),
         (("a", "b", " E", "N", "D", "c"), ("END", " END"), ["a", "b"]),
         (("a", " E", "N", "x"), ("END",), None),
     ],
@@ -439,16 +439,16 @@ def tokens(*texts: str) -> list[tuple[str, TokenLogprob]]:
 def test_logprobs(
     texts: tuple[str, ...], stop: tuple[str, ...], expected: list[str] | None
 ) -> None:
-    """Tokens that begin in content come out with it, and no others."""
+    """Tokens whose text is content come out with its last piece, and no others."""
     parser = OutputParser(stop, reasoning=THINK, calls=JSON)
     content, seen = "", b""
     for text, logprob in tokens(*texts):
         content += "".join(p.text for p in parser.feed(text, logprob) if p.kind == "content")
         seen += b"".join(t.token for t in parser.take_logprobs())
-        assert seen.startswith(content.encode())
+        assert content.encode().startswith(seen)
     content += "".join(p.text for p in parser.finish() if p.kind == "content")
     seen += b"".join(t.token for t in parser.take_logprobs())
-    assert seen.startswith(content.encode())
+    assert content.encode().startswith(seen)
     assert seen.decode() == "".join(texts if expected is None else expected)
 
 
@@ -476,3 +476,13 @@ def test_long_calls_take_linear_time() -> None:
         for _ in range(50_000):
             parser.feed("abcd")
             assert len(block._window) < 32
+
+
+def test_a_token_that_holds_part_of_a_stop_string_is_not_reported() -> None:
+    """What precedes the stop string in it is content, its logprob would show the rest."""
+    parser = OutputParser(("END",))
+    parts: list[Part] = []
+    for token in ("one ", "twoE", "ND"):
+        parts += parser.feed(token, TokenLogprob(token.encode(), -1.0))
+    assert "".join(part.text for part in parts) == "one two" and parser.stopped
+    assert [entry.token for entry in parser.take_logprobs()] == [b"one "]

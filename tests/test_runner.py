@@ -12,8 +12,10 @@ from typing import Any
 
 import pytest
 
+from lmx.answer import Answer
 from lmx.backends import BackendBroken
 from lmx.config import EngineSettings
+from lmx.errors import GenerationFailed
 from lmx.generation import EmbeddingRequest, GenerationRequest, SamplingParams
 from lmx.messages import (
     Accepted,
@@ -332,3 +334,14 @@ def test_embeddings(tmp_path: Path) -> None:
             say(Embed(2, EmbeddingRequest(["fine", bad])))
             [refused] = heard.until(Refused, 2)
             assert isinstance(refused, Refused) and refused.error.param == "input"
+
+
+def test_an_answer_whose_grammar_fails_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even an end token drawn after that makes an answer of it."""
+    with running(tmp_path) as (say, heard, _, _):
+        monkeypatch.setattr(Answer, "error", GenerationFailed("no way on"))
+        say(generate(1, "one"))
+        events = heard.until(Failed, 1)
+        assert content(events) == ""

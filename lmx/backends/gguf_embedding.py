@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections import deque
+from itertools import islice
 from pathlib import Path
 from typing import Any, Final
 
@@ -61,7 +61,8 @@ class GGUFEmbedding:
         self.parallel: int = params.n_seq_max
         self.engine = llama.ENGINE
         self._batch = llama_cpp.llama_batch_init(self.context_length, 0, 1)
-        self._waiting: deque[Sequence] = deque()
+        self._waiting: dict[int, Sequence] = {}
+        """By uid, in order of arrival."""
         self._rate = PrefillRate(settings.prefill_slice_seconds)
 
     def _params(self, header: Header, parallel: int) -> Any:
@@ -85,21 +86,23 @@ class GGUFEmbedding:
         return llama.tokenize(self._vocab, text, add_special=raw)
 
     def add(self, sequence: Sequence) -> None:
-        self._waiting.append(sequence)
+        self._waiting[sequence.uid] = sequence
 
     def remove(self, uid: int) -> None:
-        self._waiting = deque(sequence for sequence in self._waiting if sequence.uid != uid)
+        self._waiting.pop(uid, None)
 
     def step(self) -> list[StepEvent]:
         """Embed the oldest inputs."""
         budget = min(self._rate.slice_tokens(decoding=True), self.context_length)
         batch: list[Sequence] = []
         tokens = 0
-        while self._waiting and len(batch) < self.parallel:
-            tokens += len(self._waiting[0].prompt)
+        for sequence in islice(self._waiting.values(), self.parallel):
+            tokens += len(sequence.prompt)
             if batch and tokens > budget:
                 break
-            batch.append(self._waiting.popleft())
+            batch.append(sequence)
+        for sequence in batch:
+            del self._waiting[sequence.uid]
         return self._embed(batch) if batch else []
 
     def _embed(self, batch: list[Sequence]) -> list[StepEvent]:

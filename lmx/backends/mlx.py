@@ -207,9 +207,12 @@ class MLXBackend:
         for progress in prefilled:
             if progress.end_of_prompt:
                 prompt = self._rows[progress.uid].sequence.prompt
-                self._prefilling -= {
-                    i for i in self._prefilling if self._rows[i].sequence.prompt is prompt
+                followers = {
+                    inner
+                    for inner in self._prefilling
+                    if self._rows[inner].sequence.prompt is prompt and not self._rows[inner].answer
                 }
+                self._prefilling -= {progress.uid, *followers}
         return [self._token_event(response) for response in generated]
 
     def _admit(self) -> None:

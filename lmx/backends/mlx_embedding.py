@@ -10,6 +10,7 @@ import gc
 import time
 from collections.abc import Callable
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 from typing import Any, Final
 
@@ -35,6 +36,10 @@ from .mlx_bert import load_bert
 
 CACHE_BYTES: Final = 64 * 2**20
 """Every batch has its own shape: more freed buffers would only pile up (to 460 MB, for MiniLM)."""
+
+
+LOOK_AHEAD: Final = 2048
+"""Inputs of which those like the first in length make up a batch."""
 
 
 class MLXEmbedding:
@@ -72,7 +77,8 @@ class MLXEmbedding:
         self.parallel = settings.parallel
         self.engine = f"mlx {version('mlx')}"
         self._rate = PrefillRate(settings.prefill_slice_seconds)
-        self._waiting: list[Sequence] = []
+        self._waiting: dict[int, Sequence] = {}
+        """By uid, in order of arrival."""
 
     def tokenize(self, text: str, *, raw: bool = False) -> list[int]:
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=raw).ids
@@ -81,10 +87,10 @@ class MLXEmbedding:
         return ids
 
     def add(self, sequence: Sequence) -> None:
-        self._waiting.append(sequence)
+        self._waiting[sequence.uid] = sequence
 
     def remove(self, uid: int) -> None:
-        self._waiting = [sequence for sequence in self._waiting if sequence.uid != uid]
+        self._waiting.pop(uid, None)
 
     def step(self) -> list[StepEvent]:
         """Embed the oldest input, with those next to it in length."""
@@ -106,17 +112,18 @@ class MLXEmbedding:
     def _next_batch(self) -> list[Sequence]:
         if not self._waiting:
             return []
-        length = len(self._waiting[0].prompt)
+        first = list(islice(self._waiting.values(), LOOK_AHEAD))
+        length = len(first[0].prompt)
         batch: list[Sequence] = []
         longest = 0
         budget = self._rate.slice_tokens(decoding=True)
-        for sequence in sorted(self._waiting, key=lambda s: abs(len(s.prompt) - length)):
+        for sequence in sorted(first, key=lambda s: abs(len(s.prompt) - length)):
             longest = max(longest, len(sequence.prompt))
             if batch and (len(batch) + 1) * longest > budget:
                 break
             batch.append(sequence)
-        chosen = {sequence.uid for sequence in batch}
-        self._waiting = [sequence for sequence in self._waiting if sequence.uid not in chosen]
+        for sequence in batch:
+            del self._waiting[sequence.uid]
         return batch
 
     def _embed(self, inputs: list[list[int]]) -> list[list[float]]:
