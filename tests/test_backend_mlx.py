@@ -125,7 +125,7 @@ def test_mlx_lm_never_wires_memory(tiny: MLXBackend, monkeypatch: pytest.MonkeyP
 
 def test_a_greedy_answer_does_not_depend_on_its_neighbours(smollm2: MLXBackend) -> None:
     """Alone and among 15 others the text is the same, or first differs at a near-tie."""
-    sequences = [sequence(smollm2, n, text, 8) for n, text in enumerate(BEGINNINGS[:10])]
+    sequences = [sequence(smollm2, n, text, 8) for n, text in enumerate(BEGINNINGS[:6])]
     alone = {s.uid: complete(smollm2, [s])[s.uid] for s in sequences}
     together = complete(smollm2, sequences)
     assert alone[0].startswith(" Paris")
@@ -706,7 +706,7 @@ def test_answers_to_one_prompt_share_its_prefill(
 
 
 @pytest.mark.parametrize("gone", [0, 1, 3], ids=["leader", "follower", "last"])
-@pytest.mark.parametrize("steps", [0, 1, 2, 9])
+@pytest.mark.parametrize("steps", [0, 2, 9])
 def test_one_of_the_answers_can_leave(
     tiny_path: Path, gone: int, steps: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
