@@ -24,6 +24,7 @@ from .grammars import COMPILE_SECONDS
 from .grammars import Calls as Calls
 
 MAX_CACHED: Final = 64
+MAX_MARKERS: Final = 8
 NEWLINES: Final = 2
 """How many may stand between reasoning and what follows it."""
 
@@ -48,6 +49,8 @@ class Compiled:
     thinking: bool
     any_but_end: bytes
     """The mask while it reasons, where something must follow."""
+    only_end: bytes
+    """The mask when all is said."""
 
     def new(self) -> Constraint:
         return Constraint(self)
@@ -80,9 +83,9 @@ class Constraint:
         if self.error or self._state in ("thinking", "text", "loose"):
             return None
         if self._state == "over":
-            return _with(bytes((len(of.vocabulary.tokens) + 31) // 32 * 4), of.vocabulary.end)
+            return of.only_end
         # llguidance's has a bit more, for its own end-of-sequence.
-        mask = self._matcher.compute_bitmask()[: (len(of.vocabulary.tokens) + 31) // 32 * 4]
+        mask = self._matcher.compute_bitmask()[: len(of.only_end)]
         if self._matcher.is_error():
             self._fail()
             return None
@@ -184,10 +187,11 @@ class Constraints:
         self._newlines = {
             i: newlines[token] for i, token in enumerate(vocabulary.tokens) if token in newlines
         }
-        bits = (1 << len(vocabulary.tokens)) - 1
-        for token in vocabulary.end:
-            bits &= ~(1 << token)
-        self._any_but_end = bits.to_bytes((len(vocabulary.tokens) + 31) // 32 * 4, "little")
+        self._only_end = _with(bytes((len(vocabulary.tokens) + 31) // 32 * 4), vocabulary.end)
+        others = (1 << len(vocabulary.tokens)) - 1 ^ int.from_bytes(self._only_end, "little")
+        self._any_but_end = others.to_bytes(len(self._only_end), "little")
+        # It searches the whole vocabulary, and a model has few sets of markers.
+        self._special = lru_cache(MAX_MARKERS)(partial(_special, vocabulary))
 
     def compile(
         self,
@@ -207,7 +211,8 @@ class Constraints:
         calls = calls if calls and calls.tools else None
         if grammar is None and calls is None:
             return None
-        special = self._special([calls.start, calls.end] if calls else [], reasoning or ())
+        markers = (calls.start, calls.end) if calls else ()
+        special = self._special((*markers, *(reasoning or ())))
         tokenizer = self._tokenizer(frozenset(special.values()) | self._vocabulary.control)
         in_text = grammar is None and calls is not None and not calls.required
         if calls:
@@ -229,15 +234,8 @@ class Constraints:
             opening=next(opening, None),
             thinking=thinking and reasoning is not None,
             any_but_end=self._any_but_end,
+            only_end=self._only_end,
         )
-
-    def _special(self, *markers: Iterable[str]) -> dict[str, int]:
-        """Tokens that are a marker or a control token in one. Where a marker is text to others, as
-        Qwen's `<tool_call>` is, it still must not come up within a string."""
-        tokens, texts = self._vocabulary.tokens, [text for some in markers for text in some]
-        found = {text: tokens.index(text.encode()) for text in texts if text.encode() in tokens}
-        names = {tokens[i].decode("utf-8", "replace"): i for i in self._vocabulary.control}
-        return found | {n: i for n, i in names.items() if n and any(n in text for text in texts)}
 
     def _tokenizer(self, special: frozenset[int]) -> LLTokenizer:
         with self._lock:
@@ -331,6 +329,15 @@ class _Tokens:
         ids = self._encode(text)
         same = b"".join([self.tokens[i] for i in ids]) == text.encode()
         return ids if same else self.tokenizer.greedy_tokenize(text)
+
+
+def _special(vocabulary: Vocabulary, markers: tuple[str, ...]) -> dict[str, int]:
+    """Tokens that are a marker or a control token in one. Where a marker is text to others, as
+    Qwen's `<tool_call>` is, it still must not come up within a string."""
+    tokens = vocabulary.tokens
+    found = {text: tokens.index(text.encode()) for text in markers if text.encode() in tokens}
+    names = {tokens[i].decode("utf-8", "replace"): i for i in vocabulary.control}
+    return found | {n: i for n, i in names.items() if n and any(n in text for text in markers)}
 
 
 def _with(mask: bytes, tokens: Iterable[int]) -> bytes:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 from .answer import Answer
@@ -20,6 +20,7 @@ class Preparer:
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
         self._vocabulary = backend.vocabulary
+        self._embeds = backend.dimensions > 0
         self._longest_token = max(map(len, backend.vocabulary.tokens), default=1) or 1
         source = backend.chat_template.source if backend.chat_template else None
         self._dialect = read_dialect(source, backend.vocabulary, backend.tool_parser)
@@ -35,7 +36,7 @@ class Preparer:
         """
         if isinstance(request, EmbeddingRequest):
             return self._inputs(request, uids)
-        self._check_logit_bias(request.params)
+        self._check_known(request.params.logit_bias, "logit_bias")
         if isinstance(request.prompt, Chat):
             return self._chat(request, request.prompt, uids)
         compiled = self._constraints.compile(request.grammar, None, reasoning=None, thinking=False)
@@ -122,22 +123,17 @@ class Preparer:
 
     def _tokens(self, text: str | list[int], param: str, *, raw: bool = True) -> list[int]:
         # An answer needs a token of room; an embedding has none.
-        embeds = self._backend.dimensions > 0
-        most = self._backend.context_length - (not embeds)
+        most = self._backend.context_length - (not self._embeds)
         if isinstance(text, str):
             # Encoders have one token for a whole word they do not know, and none for spaces.
-            at_least = 0 if embeds else len(text) // self._longest_token
+            at_least = 0 if self._embeds else len(text) // self._longest_token
             if at_least > most:
                 # Known without tokenizing it, which would take seconds for megabytes.
                 raise self._too_long(f"at least {at_least}", param)
             tokens = self._backend.tokenize(text, raw=raw)
         else:
             tokens = text
-            size = len(self._vocabulary.tokens)
-            if strange := next((t for t in tokens if not 0 <= t < size), None):
-                raise InvalidRequest(
-                    f"Token {strange} is outside this model's vocabulary of {size}.", param=param
-                )
+            self._check_known(tokens, param)
         if not tokens:
             raise InvalidRequest("The prompt is empty.", param=param)
         if len(tokens) > most:
@@ -145,21 +141,19 @@ class Preparer:
         return tokens
 
     def _too_long(self, tokens: str, param: str) -> ContextLengthExceeded:
-        embeds = self._backend.dimensions > 0
-        room = "" if embeds else " and the answer needs at least one"
+        room = "" if self._embeds else " and the answer needs at least one"
         return ContextLengthExceeded(
             f"This model's maximum context length is {self._backend.context_length} tokens, "
-            f"but the {'input' if embeds else 'prompt'} has {tokens}{room}.",
+            f"but the {'input' if self._embeds else 'prompt'} has {tokens}{room}.",
             param=param,
         )
 
-    def _check_logit_bias(self, params: SamplingParams) -> None:
+    def _check_known(self, tokens: Iterable[int], param: str) -> None:
         size = len(self._vocabulary.tokens)
-        for token in params.logit_bias:
+        for token in tokens:
             if not 0 <= token < size:
                 raise InvalidRequest(
-                    f"Token {token} is outside this model's vocabulary of {size}.",
-                    param="logit_bias",
+                    f"Token {token} is outside this model's vocabulary of {size}.", param=param
                 )
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from functools import cache
 from typing import Annotated, Any, Final, Literal, TypeVar
 
@@ -69,19 +68,20 @@ class StructuredOutputs(Wire, frozen=True, kw_only=True):
     grammar: str | None = None
     """Lark or GBNF."""
 
-    def grammars(self, prefix: str) -> Iterator[tuple[str, Grammar]]:
-        """Each with the parameter that asks for it."""
+    def grammars(self, prefix: str) -> Iterator[Grammar]:
+        """What is set; each field's parameter is its name behind `prefix`."""
         if self.json is not None:
-            text = object_text(self.json, f"{prefix}json")
-            yield f"{prefix}json", Grammar("json_schema", text)
+            param = f"{prefix}json"
+            yield Grammar("json_schema", object_text(self.json, param), param)
         if self.json_object:
-            yield f"{prefix}json_object", Grammar("json_object", "")
+            yield Grammar("json_object", "", f"{prefix}json_object")
         if self.regex is not None:
-            yield f"{prefix}regex", Grammar("regex", self.regex)
+            yield Grammar("regex", self.regex, f"{prefix}regex")
         if self.choice is not None:
-            yield f"{prefix}choice", Grammar("choice", msgspec.json.encode(self.choice).decode())
+            choices = msgspec.json.encode(self.choice).decode()
+            yield Grammar("choice", choices, f"{prefix}choice")
         if self.grammar is not None:
-            yield f"{prefix}grammar", Grammar("grammar", self.grammar)
+            yield Grammar("grammar", self.grammar, f"{prefix}grammar")
 
 
 class JSONSchemaFormat(Wire, frozen=True, kw_only=True):
@@ -148,10 +148,10 @@ class SampledRequest(ModelRequest, frozen=True, kw_only=True):
     def include_usage(self) -> bool:
         return bool(self.stream_options and self.stream_options.include_usage)
 
-    def grammars(self) -> Iterator[tuple[str, Grammar]]:
-        """What the answer must match, each with the parameter that asks for it."""
+    def grammars(self) -> Iterator[Grammar]:
+        """What the answer must match."""
         if self.response_format is not None and (grammar := self.response_format.to_grammar()):
-            yield "response_format", grammar
+            yield grammar
         guided = StructuredOutputs(
             json=self.guided_json,
             regex=self.guided_regex,
@@ -167,7 +167,7 @@ class SampledRequest(ModelRequest, frozen=True, kw_only=True):
             yield from asked
 
     def to_grammar(self) -> Grammar | None:
-        asked = [replace(grammar, param=param) for param, grammar in self.grammars()]
+        asked = list(self.grammars())
         if len(asked) > 1:
             first, second, *_ = (grammar.param for grammar in asked)
             raise InvalidRequest(
