@@ -95,6 +95,12 @@ class LoadedModel:
     context_length: int
     parallel: int
     """Requests decoded together; 1 where the model cannot batch."""
+    features: list[str]
+    """What is in use of `batch`, `ragged`, `prefix` and `draft`."""
+    problems: list[str]
+    """What the others got wrong when this model was first loaded."""
+    padding: float
+    """The largest share of the batch's KV cache that held nothing in the last second."""
     active: int
     tokens_per_second: float
     tokens_generated: int
@@ -419,6 +425,9 @@ def _loaded(registry: Registry, slot: Slot) -> LoadedModel | None:
         pid=runner.pid,
         context_length=runner.loaded.context_length,
         parallel=runner.loaded.parallel,
+        features=runner.loaded.features,
+        problems=slot.problems,
+        padding=runner.report.padding,
         active=runner.active,
         tokens_per_second=slot.rate(),
         tokens_generated=runner.generated,

@@ -35,6 +35,18 @@ class EngineSettings(Section, frozen=True):
     """A Jinja file to use instead of the model's own template."""
     prefill_slice_seconds: Annotated[float, Meta(gt=0, le=60)] = 0.25
     """How long one slice of a prompt may hold up running streams."""
+    prefix_cache_bytes: Annotated[int, Meta(ge=0)] | None = None
+    """What the KV caches of past prompts may take. None: what running sequences leave. 0: none are
+    kept."""
+    prefix_disk_bytes: Annotated[int, Meta(ge=0)] = 0
+    """What of these may be written to disk when the model is unloaded, to be found again by its
+    next load. 0: no prompt ever reaches the disk."""
+    prefix_disk_dir: str = str(HOME / "prefixes")
+    draft_tokens: Annotated[int, Meta(ge=0, le=32)] = 8
+    """At most so many tokens are guessed ahead, for a stream that runs alone and as long as it
+    makes that faster: by `draft_model`, or from what the text repeats. 0: none."""
+    draft_model: str | None = None
+    """Id of a small model with the same vocabulary that guesses for this one."""
     mlx_cache_bytes: Annotated[int, Meta(ge=0)] = 2 * 1024**3
     """Freed buffers MLX may keep for reuse; its own default is nearly all memory."""
     wired_bytes: Annotated[int, Meta(ge=0)] = 0

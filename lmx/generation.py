@@ -153,3 +153,7 @@ class Usage:
     """Prompt tokens whose KV cache was reused instead of computed."""
     reasoning_tokens: int = 0
     """Of the completion tokens."""
+    drafted_tokens: int = 0
+    """Guessed ahead by speculative decoding."""
+    accepted_tokens: int = 0
+    """Of these, the ones that were right."""

@@ -132,12 +132,14 @@ class Guard:
 
     async def _take_grants_back(self) -> None:
         with anyio.move_on_after(GRANT_SECONDS):
-            for answered in [
-                slot.runner.grant(slot.estimate.kv)
-                for slot in self._slots
-                if slot.estimate and slot.ready and slot.runner and not slot.runner.granting
-            ]:
-                await answered.wait()
+            # Twice: a report has the most since the last one, and the first what was given back.
+            for _ in range(2):
+                for answered in [
+                    slot.runner.grant(slot.estimate.kv)
+                    for slot in self._slots
+                    if slot.estimate and slot.ready and slot.runner
+                ]:
+                    await answered.wait()
 
     def _taken(self, slot: Slot) -> int:
         return slot.claim(self.meter, grants=True).bytes

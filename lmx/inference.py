@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import ctypes.util
 import logging
 import math
@@ -28,7 +29,7 @@ from .errors import (
     RunnerDied,
     ServerStopping,
 )
-from .generation import EmbeddingRequest, GenerationRequest
+from .generation import EmbeddingRequest, GenerationRequest, Part
 from .messages import (
     Accepted,
     AnyCommand,
@@ -73,20 +74,20 @@ class Generation:
     def __init__(self, id: int) -> None:
         self.id = id
         self.prompt_tokens = 0
-        self.cached_tokens = 0
         self.tokens: dict[int, int] = {}
         """Generated so far, by answer."""
         self._events: list[Delta | Embedded | Finished] = []
         self._error: LMXError | None = None
         self._accepted = False
-        self._changed = anyio.Event()
+        self._changed = asyncio.Event()  # anyio's would have to be made anew for each token
 
     def put(self, event: Accepted | Delta | Embedded | Finished) -> None:
         match event:
             case Accepted():
                 self.prompt_tokens = event.prompt_tokens
-                self.cached_tokens = event.cached_tokens
                 self._accepted = True
+            case Delta() if self._events and _join(self._events[-1], event):
+                pass
             case Delta() | Embedded() | Finished():
                 self._events.append(event)
         self._changed.set()
@@ -103,7 +104,7 @@ class Generation:
         if self._error is not None:
             raise self._error
         await self._changed.wait()
-        self._changed = anyio.Event()
+        self._changed.clear()
 
     async def __aiter__(self) -> AsyncIterator[list[Delta | Embedded | Finished]]:
         finished = False
@@ -113,6 +114,19 @@ class Generation:
             events, self._events = self._events, []
             finished = isinstance(events[-1], Finished)
             yield events
+
+
+def _join(last: Delta | Embedded | Finished, new: Delta) -> bool:
+    """Add `new` to what the reader has not taken yet, if that is more of the same answer's text."""
+    if not (isinstance(last, Delta) and last.parts and new.parts and last.index == new.index):
+        return False
+    *parts, old = last.parts
+    part, *rest = new.parts
+    if old.kind != part.kind or part.kind == "call" or last.logprobs or new.logprobs:
+        return False
+    last.parts = [*parts, Part(old.kind, old.text + part.text, old.id), *rest]
+    last.tokens, last.finish = new.tokens, new.finish
+    return True
 
 
 class InferenceQueue:
@@ -208,6 +222,8 @@ class Runner:
         self.loaded: Loaded | None = None
         self.report = Report(0, load.kv_bytes, 0)
         """What it takes, as of its last word; no grant that is still on its way is left out."""
+        self.kv_used = 0
+        """The most of all reports since somebody has set it to 0."""
         self.generated = 0
         """Tokens since the start."""
         self.exit: str | None = None
@@ -347,7 +363,7 @@ class Runner:
                                     self._grants.popleft()[1].set()
                                 on_its_way = (kv_bytes for kv_bytes, _ in self._grants)
                                 event.kv_bytes = max(event.kv_bytes, *on_its_way, 0)
-                                self.report = event
+                                self._reported(event)
                             case LoadFailed(error):
                                 return error.exception()
                             case _:
@@ -357,6 +373,10 @@ class Runner:
             self._fail_all(f"The model's process does not speak as a runner: {error}")
             return RunnerDied(f"{self._load.path}: {self.exit}")
         return ModelLoadFailed(f"{self._load.path}: not loaded after {seconds:.0f} s")
+
+    def _reported(self, report: Report) -> None:
+        self.report = report
+        self.kv_used = max(self.kv_used, report.kv_used_bytes)
 
     def _receive(self, event: AnyEvent) -> None:
         match event:

@@ -126,7 +126,9 @@ class Estimate:
         return self.weights + self.kv + self.working
 
 
-def estimate(model: Model, settings: EngineSettings, learnt: int | None = None) -> Estimate:
+def estimate(
+    model: Model, settings: EngineSettings, learnt: int | None = None, draft: Model | None = None
+) -> Estimate:
     """`learnt`: the working memory that the last load of this model has really had."""
     context = settings.context_length or min(model.context_length or KV_TOKENS, KV_TOKENS)
     context = min(context, model.context_length or context)
@@ -134,6 +136,9 @@ def estimate(model: Model, settings: EngineSettings, learnt: int | None = None) 
     sequences = settings.parallel if model.format == "gguf" else 1
     kv = model.kv_cache.bytes(context, sequences) if model.kv_cache else 0
     weights = model.size_bytes
+    if draft is not None:  # it guesses for one sequence at a time
+        kv += draft.kv_cache.bytes(context, 1) if draft.kv_cache else 0
+        weights += draft.size_bytes
     runtime = RUNTIME[model.format]
     activations = weights // 20
     working = runtime + activations

@@ -55,6 +55,8 @@ class Load(Command):
     settings: EngineSettings
     kv_bytes: int
     """What the KV cache may take until the first `Grant`."""
+    features: list[str] | None
+    """What `backends.Feature`s have passed their test with this model before. None: test now."""
     turn: str
     """The file whose lock is the right to use the GPU, shared by all runners."""
 
@@ -96,6 +98,10 @@ class Loaded(Event):
     """How many sequences decode together; 1 where the model's cache cannot be batched."""
     engine: str
     """Engine and version, for logs and the system fingerprint, such as `mlx-lm 0.32.2`."""
+    features: list[str]
+    """`backends.Feature`s in use."""
+    problems: list[str] = []
+    """Why others are not, where that was tested now."""
 
 
 class Report(Event):
@@ -104,6 +110,8 @@ class Report(Event):
     kv_bytes: int
     """What the KV cache may take: the grant, or what it takes already if that is more."""
     kv_used_bytes: int
+    padding: float = 0.0
+    """The largest share of a batch's KV cells that held nothing, since the last report."""
 
 
 class LoadFailed(Event):
@@ -113,7 +121,6 @@ class LoadFailed(Event):
 class Accepted(Event):
     id: int
     prompt_tokens: int
-    cached_tokens: int
 
 
 class Refused(Event):
@@ -150,6 +157,12 @@ class Finished(Event):
     id: int
     completion_tokens: int = 0
     reasoning_tokens: int = 0
+    cached_tokens: int = 0
+    """Of the prompt, those whose KV cache was there already."""
+    drafted_tokens: int = 0
+    """Guessed ahead."""
+    accepted_tokens: int = 0
+    """Of these, the ones that were right."""
     cancelled: bool = False
 
 

@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal
 
 import anyio
 import msgspec
+from msgspec.structs import replace
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -30,13 +31,17 @@ from .completions_schema import (
     EmbeddingUsage,
 )
 from .endpoint import State, WireResponse
-from .errors import GenerationFailed, InvalidRequest
+from .errors import GenerationFailed, InvalidRequest, UnsupportedParameter
 from .generation import EmbeddingRequest, GenerationRequest, Usage
 from .messages import Delta, Embedded, Finished
 from .openai_answers import ChatPieces, TextPieces
-from .streaming import DONE, EventStream, encode_event, unless_disconnected
+from .registry import Registry
+from .streaming import DONE, EventStream, encode_event, encode_json, unless_disconnected
 
 Chunk = ChatCompletionChunk | Completion
+Look = tuple[Chunk, list[Any]]
+"""What a chunk has beside choices, and the choices that go out now, one in each chunk; without any
+it is the last one, with the usage."""
 
 
 async def health(request: Request[State]) -> dict[str, Any]:
@@ -92,15 +97,17 @@ async def _answer(
     request: Request[State], body: ChatCompletionRequest | CompletionRequest
 ) -> Response:
     model = await _resolve(request, body.model, "chat")
+    if body.draft_model is not None:
+        await _check_draft(request.state["registry"], model, body.draft_model)
     wanted = body.to_request(request.state["registry"].config.sampling_for(model.id))
     if isinstance(body, ChatCompletionRequest):
         pieces: ChatPieces | TextPieces = ChatPieces(wanted)
     else:
         pieces = TextPieces(n=body.answers, each=wanted.n, logprobs=body.logprobs is not None)
-    chunks = _chunks(request.state, body, model, wanted, pieces)
+    looks = _looks(request.state, body, model, wanted, pieces)
     if body.stream:
-        return EventStream(_events(chunks))
-    return WireResponse(await unless_disconnected(request.receive, partial(_fold, chunks, pieces)))
+        return EventStream(_events(looks))
+    return WireResponse(await unless_disconnected(request.receive, partial(_fold, looks, pieces)))
 
 
 async def _resolve(
@@ -117,17 +124,32 @@ async def _resolve(
     return model
 
 
-async def _chunks(
+async def _check_draft(registry: Registry, model: catalog.Model, name: str) -> None:
+    """
+    Raises:
+        UnsupportedParameter: not this one guesses for the model.
+    """
+    asked = await registry.resolve(name, "draft_model")
+    configured = registry.config.engine_for(model.id).draft_model
+    if configured is None or await registry.resolve(configured, "draft_model") != asked:
+        raise UnsupportedParameter(
+            f"The draft model of '{model.id}' is {configured or 'none'}, and no request can change "
+            f"that: set 'draft_model' under models.{model.id}.engine in the configuration.",
+            param="draft_model",
+        )
+
+
+async def _looks(
     state: State,
     body: schema.SampledRequest,
     model: catalog.Model,
     wanted: GenerationRequest,
     pieces: ChatPieces | TextPieces,
-) -> AsyncGenerator[list[Chunk]]:
-    """The answers in OpenAI's chunks, as many at a time as have come since the last look.
+) -> AsyncGenerator[Look]:
+    """The answers in OpenAI's pieces, as many at a time as have come since the last look.
 
-    The first comes with the first event of the model, not when the request is accepted: until then
-    a failure still gets an HTTP status, which clients retry.
+    The first ones come with the first event of the model, not when the request is accepted: until
+    then a failure still gets an HTTP status, which clients retry.
     """
     include_usage = body.include_usage or not body.stream
     async with (
@@ -136,32 +158,36 @@ async def _chunks(
     ):
         engine = lease.runner.loaded.engine if lease.runner.loaded else lease.model.format
         new: Callable[..., Chunk] = pieces.chunk
-        chunk = partial(
-            new,
+        chunk = new(
             id=f"{pieces.prefix}-{secrets.token_hex(12)}",
             created=int(time.time()),
             model=lease.model.id,
             system_fingerprint=f"lmx {__version__}, {engine}",
             service_tier=_tier(body.service_tier),
             usage=None if include_usage else msgspec.UNSET,
+            choices=[],
         )
-        chunks = [chunk(choices=[choice]) for choice in pieces.start()]
+        choices: list[Any] = [*pieces.start()]
         async for events in generation:
             last = _finished(events)
             for delta in events:
                 if isinstance(delta, Delta):
-                    chunks += [chunk(choices=[choice]) for choice in pieces.of(delta)]
+                    choices += pieces.of(delta)
+            if choices:
+                yield chunk, choices
+                choices = []
             if last is not None and include_usage:
                 usage = Usage(
                     generation.prompt_tokens,
                     last.completion_tokens,
-                    generation.cached_tokens,
+                    last.cached_tokens,
                     last.reasoning_tokens,
+                    last.drafted_tokens,
+                    last.accepted_tokens,
                 )
-                chunks.append(chunk(choices=[], usage=schema.CompletionUsage.of(usage)))
-            if chunks:
-                yield chunks
-                chunks = []
+                draft = state["registry"].config.engine_for(model.id).draft_model
+                stats = schema.Stats.of(usage, draft)
+                yield replace(chunk, usage=schema.CompletionUsage.of(usage), stats=stats), []
 
 
 def _tier(asked: str | None) -> str | msgspec.UnsetType:
@@ -183,23 +209,30 @@ def _finished(events: list[Delta | Embedded | Finished]) -> Finished | None:
     return last
 
 
-async def _events(chunks: AsyncGenerator[list[Chunk]]) -> AsyncGenerator[bytes]:
-    async with aclosing(chunks):
-        async for some in chunks:
-            yield b"".join(map(encode_event, some))
+async def _events(looks: AsyncGenerator[Look]) -> AsyncGenerator[bytes]:
+    """A chunk for each piece. What is the same in all is encoded once."""
+    before = after = b""
+    async with aclosing(looks):
+        async for chunk, choices in looks:
+            if not choices:
+                yield encode_event(chunk)
+                continue
+            if not before:
+                # No string can hold this: its quotes would have backslashes.
+                before, empty, after = encode_event(chunk).partition(b'"choices":[]')
+                before, after = before + empty[:-1], empty[-1:] + after
+            yield b"".join([before + encode_json(choice) + after for choice in choices])
     yield DONE
 
 
-async def _fold(
-    chunks: AsyncGenerator[list[Chunk]], pieces: ChatPieces | TextPieces
-) -> schema.Answer:
-    """The whole answer. Made of the stream's chunks, so that the two cannot differ."""
+async def _fold(looks: AsyncGenerator[Look], pieces: ChatPieces | TextPieces) -> schema.Answer:
+    """The whole answer. Made of the stream's pieces, so that the two cannot differ."""
     answers: dict[int, list[Any]] = defaultdict(list)
-    async with aclosing(chunks):
-        async for some in chunks:
-            for chunk in some:
-                for choice in chunk.choices:
-                    answers[choice.index].append(choice)
+    async with aclosing(looks):
+        async for look in looks:
+            for choice in look[1]:
+                answers[choice.index].append(choice)
+    chunk, _ = look
     fields = {name: getattr(chunk, name) for name in schema.Answer.__struct_fields__}
     del fields["object"]
     fields["choices"] = pieces.choices([answers[i] for i in sorted(answers)])

@@ -20,7 +20,7 @@ from typing import Final
 import anyio
 from anyio.abc import TaskGroup, TaskStatus
 
-from . import catalog, inventory, memory
+from . import catalog, memory
 from .catalog import Model
 from .config import Config
 from .errors import (
@@ -36,10 +36,11 @@ from .errors import (
 )
 from .guard import GRANT_SECONDS, Guard
 from .inference import InferenceQueue, Runner, convert
+from .loading import draft_for, inspect, with_paths
 from .memory import Meter, size
 from .messages import Load
 from .slot import Attempt, Slot, State
-from .state import StateFile
+from .state import StateFile, Tested
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +69,7 @@ class Registry:
         new_runner: NewRunner,
         meter: Meter,
         find_models: FindModels,
+        state: StateFile,
     ) -> None:
         self.config = config
         """May be replaced while running; where the state file lies is read at start only."""
@@ -83,7 +85,7 @@ class Registry:
         """Models still to be loaded at start."""
         self._changed = anyio.Event()
         self.guard = Guard(self, meter)
-        self._state = StateFile(Path(config.state_file).expanduser())
+        self._state = state
 
     # Names
 
@@ -99,7 +101,7 @@ class Registry:
         """Files have changed: look again when the next name is asked for."""
         self._found = []
 
-    async def resolve(self, name: str) -> Model:
+    async def resolve(self, name: str, param: str = "model") -> Model:
         """The model called `name`: an alias, its id, `publisher/repo`, or the repo; any case.
 
         Raises:
@@ -115,7 +117,7 @@ class Registry:
             listed = ", ".join(model.id for model in self._found if model.usable) or "none"
             raise ModelNotFound(
                 f"The model '{name[:200]}' does not exist. Available models: {listed}.",
-                param="model",
+                param=param,
             )
         return model
 
@@ -311,17 +313,26 @@ class Registry:
             await convert(model.convert_from, model.path)
             await self.models()
             model = slot.model  # which now has its facts
+        engine = self.config.engine_for(slot.model.id)
+        draft = await self._draft(model, engine.draft_model)
+        engine = with_paths(engine, draft)
         given_up = threading.Event()
-        check = partial(inventory.check_unchanged, model.folder, model.owns, given_up)
+        parts = [model] if draft is None else [model, draft]
         try:
-            await anyio.to_thread.run_sync(check, abandon_on_cancel=True)
+            look = partial(inspect, parts, engine, given_up)
+            mark = await anyio.to_thread.run_sync(look, abandon_on_cancel=True)
         finally:
             given_up.set()
-        engine = self.config.engine_for(slot.model.id)
-        need = memory.estimate(model, engine, self._state.remembered.working.get(str(model.path)))
+        path = str(model.path)
+        learnt = self._state.remembered.working.get(path)
+        need = memory.estimate(model, engine, learnt, draft)
         await self.guard.make_room(slot, need)
-        logger.info("loading %s from %s: %s", slot.model.id, model.path, size(need.total))
-        load = Load(str(model.path), model.format, engine, need.kv, str(self._turn))
+        logger.info("loading %s from %s: %s", slot.model.id, path, size(need.total))
+        tested = self._state.remembered.tested.get(path)
+        if tested is not None and tested.fingerprint != mark:
+            tested = None
+        features = None if tested is None else tested.features
+        load = Load(path, model.format, engine, need.kv, features, str(self._turn))
         runner = self._new_runner(load, self.config)
         slot.start(model, runner)
         await self._tasks.start(self._supervise, slot, runner)
@@ -329,6 +340,13 @@ class Registry:
             await runner.grant(need.kv).wait()
         if runner.exit is not None:
             raise RunnerDied(runner.exit)
+        assert runner.loaded is not None
+        if tested is None:
+            tested = Tested(mark, runner.loaded.features, runner.loaded.problems)
+            self._state.remembered.tested[path] = tested
+            for problem in tested.problems:
+                logger.warning("%s: %s", slot.model.id, problem)
+        slot.problems = tested.problems
         slot.loaded_bytes = slot.measure(self.guard.meter)
         logger.info(
             "%s is ready after %.1f s; it takes %s, %s were expected, %s with a full KV cache",
@@ -336,6 +354,19 @@ class Registry:
             anyio.current_time() - started,
             *map(size, (slot.loaded_bytes, need.loaded, need.total)),
         )
+
+    async def _draft(self, model: Model, name: str | None) -> Model | None:
+        """What `name`, which guesses for `model`, stands for.
+
+        Raises:
+            ModelLoadFailed: nothing that could.
+        """
+        if name is None:
+            return None
+        try:
+            return draft_for(model, await self.resolve(name))
+        except ModelNotFound as error:
+            raise ModelLoadFailed(f"draft_model of {model.id}: {error.message}") from error
 
     async def _supervise(
         self, slot: Slot, runner: Runner, *, task_status: TaskStatus[None]
@@ -381,8 +412,7 @@ class Registry:
     # Start and end
 
     async def start(self) -> None:
-        """Read what was remembered, then load what the configuration wants loaded."""
-        await self._state.read()
+        """Load what the configuration wants loaded."""
         await self.models()  # the first look at a large disk takes seconds
         await self.guard.start()
         remembered, explicit = self._state.remembered, {*self._state.remembered.explicit}
@@ -432,6 +462,8 @@ async def open_registry(
     meter: Meter | None = None,
     find_models: FindModels = catalog.find_models,
 ) -> AsyncIterator[Registry]:
+    state = StateFile(config.state_file)
+    await state.read()
     with tempfile.TemporaryDirectory(prefix="lmx-") as folder:
         async with anyio.create_task_group() as tasks:
             registry = Registry(
@@ -442,6 +474,7 @@ async def open_registry(
                 new_runner,
                 meter or Meter(),
                 find_models,
+                state,
             )
             tasks.start_soon(registry.start)
             tasks.start_soon(registry.guard.watch)

@@ -28,7 +28,16 @@ from types import TracebackType
 
 from . import backends
 from .answer import Answer
-from .backends import Backend, Sequence, SequenceFailed, StepEvent, TokenEvent, VectorEvent
+from .backends import (
+    Backend,
+    Drafted,
+    Prefilled,
+    Sequence,
+    SequenceFailed,
+    StepEvent,
+    TokenEvent,
+    VectorEvent,
+)
 from .config import EngineSettings
 from .errors import UNLOADED, GenerationFailed, LMXError, ModelUnloaded
 from .messages import (
@@ -55,6 +64,7 @@ from .messages import (
     encode_events,
 )
 from .prompt import Preparer
+from .selftest import check
 
 Loader = Callable[[Path, str, EngineSettings, int], Backend]
 
@@ -98,6 +108,10 @@ class _Request:
     """By the sequence's uid."""
     tokens: int = 0
     reasoning_tokens: int = 0
+    cached_tokens: int = 0
+    """Of all its prompts."""
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
 
     def end(self, uid: int) -> None:
         answer = self.running.pop(uid)
@@ -105,7 +119,15 @@ class _Request:
         self.reasoning_tokens += answer.reasoning_tokens
 
     def finished(self, *, cancelled: bool = False) -> Finished:
-        return Finished(self.id, self.tokens, self.reasoning_tokens, cancelled)
+        return Finished(
+            self.id,
+            self.tokens,
+            self.reasoning_tokens,
+            self.cached_tokens,
+            self.drafted_tokens,
+            self.accepted_tokens,
+            cancelled,
+        )
 
 
 class Runner:
@@ -162,7 +184,7 @@ class Runner:
             failure = GenerationFailed(f"The prompt could not be prepared: {error!r}")
             return self._drop(command.id, Refused(command.id, Error.of(failure)))
         prompts = {id(sequence.prompt): sequence.prompt for sequence, _ in sequences}
-        self._send([Accepted(command.id, sum(map(len, prompts.values())), 0)])
+        self._send([Accepted(command.id, sum(map(len, prompts.values())))])
         wanted = command.request.dimensions if isinstance(command, Embed) else None
         self._inbox.put(_Request(command.id, sequences, wanted))
 
@@ -196,8 +218,8 @@ class Runner:
                 case Cancel(id):
                     self._cancel(id)
                 case Grant(kv_bytes):
-                    memory = self._backend.grant(kv_bytes)
-                    report = Report(memory.engine_bytes, memory.kv_bytes, memory.kv_used_bytes)
+                    m = self._backend.grant(kv_bytes)
+                    report = Report(m.engine_bytes, m.kv_bytes, m.kv_used_bytes, m.padding)
                     self._send([report])
                 case _Request() as request:
                     self._start(request)
@@ -241,6 +263,11 @@ class Runner:
         match step:
             case SequenceFailed(_, error):
                 return self._fail(request, error)
+            case Prefilled(_, cached_tokens):
+                request.cached_tokens += cached_tokens
+            case Drafted(_, drafted, accepted):
+                request.drafted_tokens += drafted
+                request.accepted_tokens += accepted
             case VectorEvent(uid, vector):
                 self._leave(request, uid)
                 if request.dimensions:
@@ -306,7 +333,13 @@ def main(load: Loader = backends.load) -> int:
     except LMXError as error:
         send([LoadFailed(Error.of(error))])
         return 1
-    runner = Runner(backend, GPUTurn(command.turn), send)
+    turn = GPUTurn(command.turn)
+    if command.features is None:
+        features, problems = check(backend, turn)
+    else:
+        features, problems = backend.features.intersection(command.features), []
+    backend.use(features)
+    runner = Runner(backend, turn, send)
     signal.signal(signal.SIGTERM, lambda signum, frame: runner.stop())
 
     def read() -> None:
@@ -316,7 +349,8 @@ def main(load: Loader = backends.load) -> int:
         os._exit(1)
 
     threading.Thread(target=read, name="reader", daemon=True).start()
-    send([Loaded(backend.context_length, backend.parallel, backend.engine)])
+    context, parallel, engine = backend.context_length, backend.parallel, backend.engine
+    send([Loaded(context, parallel, engine, sorted(features), problems)])
     runner.run()
     backend.close()
     return 0

@@ -117,6 +117,8 @@ class SampledRequest(ModelRequest, frozen=True, kw_only=True):
     stream_options: StreamOptions | None = None
     """Without `stream` OpenAI refuses it; LM Studio's clients send it always, so it is ignored."""
     service_tier: str | None = None
+    draft_model: str | None = None
+    """LM Studio's; here it can only be the one that is configured."""
 
     temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
     top_p: Annotated[float, Meta(ge=0, le=1)] | None = None
@@ -344,8 +346,32 @@ class CompletionUsage(Wire, frozen=True, kw_only=True):
             total_tokens=usage.prompt_tokens + usage.completion_tokens,
             prompt_tokens_details=PromptTokensDetails(cached_tokens=usage.cached_tokens),
             completion_tokens_details=CompletionTokensDetails(
-                reasoning_tokens=usage.reasoning_tokens
+                reasoning_tokens=usage.reasoning_tokens,
+                accepted_prediction_tokens=usage.accepted_tokens,
+                rejected_prediction_tokens=usage.drafted_tokens - usage.accepted_tokens,
             ),
+        )
+
+
+class Stats(Wire, frozen=True, kw_only=True):
+    """LM Studio's, of speculative decoding."""
+
+    draft_model: str | UnsetType = UNSET
+    """Not there: what the text repeats was the draft."""
+    total_draft_tokens_count: int
+    accepted_draft_tokens_count: int
+    rejected_draft_tokens_count: int
+
+    @classmethod
+    def of(cls, usage: Usage, draft_model: str | None) -> Stats | UnsetType:
+        """UNSET: nothing was drafted."""
+        if not usage.drafted_tokens:
+            return UNSET
+        return cls(
+            draft_model=draft_model or UNSET,
+            total_draft_tokens_count=usage.drafted_tokens,
+            accepted_draft_tokens_count=usage.accepted_tokens,
+            rejected_draft_tokens_count=usage.drafted_tokens - usage.accepted_tokens,
         )
 
 
@@ -359,6 +385,8 @@ class Answer(Wire, frozen=True, kw_only=True):
     choices: Sequence[Any]
     usage: CompletionUsage | UnsetType | None = UNSET
     """Of a piece, with `include_usage`: null, except in the last one. Without it: not there."""
+    stats: Stats | UnsetType = UNSET
+    """Beside a usage that is not null."""
     service_tier: str | UnsetType = UNSET
     system_fingerprint: str
 

@@ -20,6 +20,7 @@ from .config import Config
 from .errors import LMXError, RunnerDied
 from .inference import Runner
 from .memory import Claim, Estimate, Meter, Process
+from .messages import Report
 
 MAX_BACKOFF_SECONDS: Final = 60.0
 RATE_SAMPLES: Final = 11
@@ -61,6 +62,8 @@ class Slot:
         """Why the model itself is not used."""
         self.error: LMXError | None = None
         """Why the last load failed."""
+        self.problems: list[str] = []
+        """Why the runner does without some `backends.Feature`s."""
         self.failures = 0
         """Failed loads and runner deaths in a row, without one answered request between them."""
         self.not_before = 0.0
@@ -69,7 +72,11 @@ class Slot:
         self.loaded_bytes = 0
         """What the runner took when it was ready."""
         self.peak_bytes = 0
-        self.peak_kv_bytes = 0
+        self.working_bytes = 0
+        """The most it has taken beside weights and KV cache. That holds as many past prompts as
+        there is room for, so both must be of the same time: from one report to the next."""
+        self._since_report = 0
+        self._report: Report | None = None
         self._tokens: deque[tuple[float, int]] = deque(maxlen=RATE_SAMPLES)
 
     @property
@@ -99,7 +106,9 @@ class Slot:
 
     def start(self, model: Model, runner: Runner) -> None:
         self.using, self.runner = model, runner
-        self.answered = self.loaded_bytes = self.peak_bytes = self.peak_kv_bytes = 0
+        self.answered = self.loaded_bytes = self.peak_bytes = 0
+        self.working_bytes = self._since_report = 0
+        self._report = runner.report
         self._tokens.clear()
 
     def clear(self) -> None:
@@ -138,9 +147,13 @@ class Slot:
     def _measure(self, process: Process) -> int:
         if self.runner is None:
             return 0
-        taken = max(process.resident, self.runner.report.engine_bytes)
+        report = self.runner.report
+        if report is not self._report:
+            self.working_bytes = self._working(self.runner)
+            self._report, self._since_report, self.runner.kv_used = report, 0, 0
+        self._since_report = max(self._since_report, process.resident)
+        taken = max(process.resident, report.engine_bytes)
         self.peak_bytes = max(self.peak_bytes, taken)
-        self.peak_kv_bytes = max(self.peak_kv_bytes, self.runner.report.kv_used_bytes)
         return taken
 
     def claim(self, meter: Meter, *, grants: bool) -> Claim:
@@ -167,7 +180,13 @@ class Slot:
 
     def learnt(self, meter: Meter) -> int | None:
         """The working memory it has really had; None while it has not worked."""
-        if not self.answered or self.estimate is None:
+        if not self.answered or self.runner is None:
             return None
         self.measure(meter)
-        return max(0, self.peak_bytes - self.estimate.weights - self.peak_kv_bytes)
+        return self._working(self.runner)
+
+    def _working(self, runner: Runner) -> int:
+        weights = self.estimate.weights if self.estimate else 0
+        taken = max(self._since_report, runner.report.engine_bytes)
+        kv = max(runner.kv_used, runner.report.kv_used_bytes)
+        return max(self.working_bytes, taken - weights - kv)

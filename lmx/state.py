@@ -12,6 +12,15 @@ import msgspec
 logger = logging.getLogger(__name__)
 
 
+class Tested(msgspec.Struct):
+    """What the test at load has said of a model."""
+
+    fingerprint: str
+    """Of what was tested."""
+    features: list[str]
+    problems: list[str]
+
+
 class Remembered(msgspec.Struct):
     loaded: list[str] = []
     """Ids of the models in memory."""
@@ -21,12 +30,14 @@ class Remembered(msgspec.Struct):
     """How often in a row the server has ended while loading a model at start, by id."""
     working: dict[str, int] = {}
     """Bytes of working memory that a model's last load has really had, by path."""
+    tested: dict[str, Tested] = {}
+    """By path."""
 
 
 class StateFile:
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: str) -> None:
         self.remembered = Remembered()
-        self._path = path
+        self._path = Path(path).expanduser()
         self._lock = anyio.Lock()
 
     async def read(self) -> None:

@@ -5,9 +5,12 @@ Nothing here knows whose protocol the events speak, except the shape of an error
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import aclosing
+from contextlib import aclosing, suppress
+from functools import partial
 from typing import Final, TypeVar
 
 import anyio
@@ -29,9 +32,12 @@ INTERNAL_ERROR: Final = error_body("The server had an internal error.", type="se
 """What a client learns about a fault of ours that has no error class; the log has the rest."""
 
 
+encode_json: Final = msgspec.json.Encoder().encode
+
+
 def encode_event(data: object) -> bytes:
     """`data` as one event. JSON holds no raw line break, so one `data:` line is enough."""
-    return b"data: " + msgspec.json.encode(data) + b"\n\n"
+    return b"data: " + encode_json(data) + b"\n\n"
 
 
 async def unless_disconnected(
@@ -101,23 +107,29 @@ class EventStream(Response):
         self._write_timeout_seconds = write_timeout_seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        writer = _Writer(send, self.raw_headers, self._write_timeout_seconds)
-
-        async def keep_alive() -> None:
-            try:
-                while True:
-                    idle = anyio.current_time() - writer.last_write
-                    if idle >= self._keep_alive_seconds:
-                        await writer.write(KEEP_ALIVE)
-                    else:
-                        await anyio.sleep(self._keep_alive_seconds - idle)
-            except ClientDisconnect:
-                return
-
+        writer = _Writer(send, self.raw_headers)
+        watch = partial(self._watch, writer)
         try:
-            await unless_disconnected(receive, lambda: self._send_events(writer), keep_alive)
+            await unless_disconnected(receive, lambda: self._send_events(writer), watch)
         except ClientDisconnect:
             pass  # nobody is left to be told
+
+    async def _watch(self, writer: _Writer) -> None:
+        """Write comments while nothing else is written; end when the client has not read anything
+        for the whole timeout. One look now and then: a deadline for each write costs as much as
+        the write."""
+        often = wait = min(self._keep_alive_seconds, self._write_timeout_seconds)
+        with suppress(ClientDisconnect, TimeoutError):
+            while True:
+                await anyio.sleep(wait)
+                limit = self._write_timeout_seconds if writer.busy else self._keep_alive_seconds
+                left = limit - (time.monotonic() - writer.since)
+                if left <= 0 and writer.busy:
+                    return
+                if left <= 0:
+                    with anyio.fail_after(self._write_timeout_seconds):
+                        await writer.write(KEEP_ALIVE)
+                wait = min(often, left) if left > 0 else often
 
     async def _send_events(self, writer: _Writer) -> None:
         try:
@@ -142,34 +154,36 @@ class EventStream(Response):
 class _Writer:
     """The client's end of a stream, written by one task at a time."""
 
-    def __init__(self, send: Send, headers: list[tuple[bytes, bytes]], timeout: float) -> None:
+    def __init__(self, send: Send, headers: list[tuple[bytes, bytes]]) -> None:
         self._send = send
         self._headers = headers
-        self._timeout = timeout
-        self._lock = anyio.Lock()
+        self._lock = asyncio.Lock()  # anyio's goes once around the event loop
         self.started = False
         self._ended = False
-        self.last_write = anyio.current_time()
+        self.since = time.monotonic()
+        """When the last write began or ended."""
+
+    @property
+    def busy(self) -> bool:
+        """Something is being written: the client does not read as fast."""
+        return self._lock.locked()
 
     async def write(self, body: bytes, *, more: bool = True) -> None:
         """
         Raises:
-            ClientDisconnect: gone, or it has not read anything for the whole timeout.
+            ClientDisconnect: gone.
         """
         async with self._lock:
             if self._ended:
                 return  # a comment that waited here while the last piece was written
             self._ended = not more
+            self.since = time.monotonic()
             try:
-                with anyio.fail_after(self._timeout):
-                    if not self.started:
-                        self.started = True
-                        start = {"type": "http.response.start", "status": 200}
-                        await self._send(start | {"headers": self._headers})
-                    await self._send(
-                        {"type": "http.response.body", "body": body, "more_body": more}
-                    )
-            # TimeoutError is an OSError; others come from servers of ASGI spec 2.4 and later.
-            except OSError as error:
+                if not self.started:
+                    self.started = True
+                    start = {"type": "http.response.start", "status": 200}
+                    await self._send(start | {"headers": self._headers})
+                await self._send({"type": "http.response.body", "body": body, "more_body": more})
+            except OSError as error:  # servers of ASGI spec 2.4 and later
                 raise ClientDisconnect from error
-            self.last_write = anyio.current_time()
+            self.since = time.monotonic()

@@ -68,7 +68,7 @@ HELLO: Sequence[Step] = (
     [says("Hello")],
     [says()],
     [says(", wö"), says("rld")],
-    [says("!"), says(finish="stop"), Finished(1, 6)],
+    [says("!"), says(finish="stop"), Finished(1, 6, cached_tokens=3)],
 )
 
 
@@ -76,14 +76,14 @@ class FakeRunner(Runner):
     """No process: only what a handler reads."""
 
     def __init__(self) -> None:
-        self.loaded = Loaded(4096, 16, "fake 1.0")
+        self.loaded = Loaded(4096, 16, "fake 1.0", [])
         self.exit = None
 
 
 class FakeGeneration(Generation):
     def __init__(self, steps: Sequence[Step], waiting: anyio.Event) -> None:
         super().__init__(1)
-        self.put(Accepted(1, 7, 3))
+        self.put(Accepted(1, 7))
         self._steps = steps
         self._waiting = waiting
 

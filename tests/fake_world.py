@@ -46,6 +46,9 @@ class World(Meter):
         """Loads wait for it."""
         self.failures: dict[str, LMXError] = {}
         """By the last part of the path: why it does not load."""
+        self.features = ["batch", "draft", "prefix"]
+        self.problems = ["ragged: token 3 differs"]
+        """What the test at load says."""
         self.models: dict[str, Model] = {}
 
     def add(self, name: str, weights: int = WEIGHTS, **fields: Any) -> Model:
@@ -92,9 +95,11 @@ class World(Meter):
 class FakeRunner(Runner):
     def __init__(self, world: World, load: Load, config: Config) -> None:
         self._world = world
+        self.load = load
         self.name = Path(load.path).name
         self.loaded = None
         self.report = Report(0, load.kv_bytes, 0)
+        self.kv_used = 0
         self.exit = None
         self.ended = anyio.Event()
         self.generated = 0
@@ -103,6 +108,8 @@ class FakeRunner(Runner):
         self.grants: list[int] = []
         self.kept = 0
         """What it does not give back of its KV cache."""
+        self.past = 0
+        """What past prompts take of its KV cache: given back when a grant is smaller."""
         self.used = 0
         """Clients that hold it now."""
         self._stop = anyio.Event()
@@ -122,7 +129,10 @@ class FakeRunner(Runner):
 
     def grant(self, kv_bytes: int) -> anyio.Event:
         self.grants.append(kv_bytes)
-        self.report = Report(self.bytes, max(kv_bytes, self.kept), 0)
+        self._reported(Report(self.bytes, max(kv_bytes, self.kept), self.past))
+        given_back = max(0, self.past - kv_bytes)
+        self.past -= given_back
+        self.bytes -= given_back
         done = anyio.Event()
         done.set()
         return done
@@ -140,7 +150,9 @@ class FakeRunner(Runner):
                 raise failure
             if self._stop.is_set():
                 raise ModelLoadFailed("stopped")
-            self.loaded = Loaded(4096, 16, "fake 1.0")
+            known = self.load.features
+            problems = world.problems if known is None else []
+            self.loaded = Loaded(4096, 16, "fake 1.0", known or world.features, problems)
             task_status.started()
             await self._stop.wait()
         finally:

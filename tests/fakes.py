@@ -5,12 +5,16 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from array import array
 from pathlib import Path
 
 from lmx.backends import (
     BackendBroken,
+    Drafted,
+    Feature,
     Logprobs,
     Memory,
+    Prefilled,
     Sequence,
     SequenceFailed,
     StepEvent,
@@ -18,6 +22,7 @@ from lmx.backends import (
     VectorEvent,
     Vocabulary,
 )
+from lmx.backends.prefix_tree import common
 from lmx.chat_template import ChatTemplate
 from lmx.config import EngineSettings
 from lmx.errors import GenerationFailed, ModelLoadFailed
@@ -34,6 +39,9 @@ class FakeBackend:
 
     FOREVER repeats its second word until max_tokens; FAIL fails this sequence; RAISE raises in
     `step`; BROKEN says that the engine is; KILL kills the process; HANG never returns.
+
+    In a folder `fast` it has all features: what earlier prompts began with is cached, and a lone
+    sequence's first token has come with two guesses, of which one was right.
     """
 
     def __init__(self, path: Path, settings: EngineSettings, kv_bytes: int = 0) -> None:
@@ -53,9 +61,14 @@ class FakeBackend:
         self.tool_parser: str | None = None
         self.parallel = settings.parallel
         self.engine = "fake 1.0"
+        self.features: frozenset[Feature] = frozenset()
+        if path.name == "fast":
+            self.features = frozenset(["batch", "ragged", "prefix", "draft"])
         self.chat_template: ChatTemplate | None = ChatTemplate(TEMPLATE)
         self._words: dict[str, int] = {}
         self._sequences: dict[int, tuple[Sequence, int]] = {}
+        self._prompts: list[list[int]] = []
+        """Cached."""
         self.added: list[Sequence] = []
         self.kv_bytes = kv_bytes
         self.closed = False
@@ -87,6 +100,8 @@ class FakeBackend:
                 del self._sequences[uid]
                 events.append(VectorEvent(uid, [float(token) for token in sequence.prompt[:3]]))
                 continue
+            if not done:
+                events += self._prefilled(sequence)
             words = [names.get(token, "") for token in sequence.prompt]
             match words[0]:
                 case "RAISE":
@@ -117,9 +132,25 @@ class FakeBackend:
                 events.append(TokenEvent(uid, token, None, logprobs))
         return events
 
+    def _prefilled(self, sequence: Sequence) -> list[StepEvent]:
+        prompt, cached = sequence.prompt, 0
+        if "prefix" in self.features and not any(prompt is known for known in self._prompts):
+            most = len(prompt) - 1
+            cached = max((common(array("i", p), prompt, 0, most) for p in self._prompts), default=0)
+            self._prompts.append(prompt)
+        events: list[StepEvent] = [Prefilled(sequence.uid, cached)]
+        if "draft" in self.features and len(self._sequences) == 1:
+            events.append(Drafted(sequence.uid, 2, 1))
+        return events
+
     def grant(self, kv_bytes: int) -> Memory:
         self.kv_bytes = max(kv_bytes, 0)
-        return Memory(0, self.kv_bytes, 0)
+        return Memory(0, self.kv_bytes, 0, 0.25)
+
+    def use(self, features: frozenset[Feature]) -> None:
+        assert not self._sequences
+        self.features = features
+        self._prompts.clear()
 
     def close(self) -> None:
         self.closed = True

@@ -63,6 +63,8 @@ def test_load_and_unload(admin: TestClient) -> None:
         assert (loaded["id"], loaded["state"], loaded["ttl_seconds"]) == ("a", "ready", 60)
         assert loaded["loaded"]["memory"]["reserved"] == NEED
         assert loaded["loaded"]["engine"] == "fake 1.0"
+        assert loaded["loaded"]["features"] == ["batch", "draft", "prefix"]
+        assert loaded["loaded"]["problems"] == ["ragged: token 3 differs"]
         assert 59 < loaded["loaded"]["expires_in_seconds"] <= 60
     for _ in range(2):
         unloaded = admin.post("/admin/model/unload", json={"model": "a"}).json()
@@ -107,6 +109,7 @@ def test_status(admin: TestClient) -> None:
     assert status["memory"]["models"] == NEED
     assert status["memory"]["free"] == before["memory"]["free"] - NEED
     assert status["models"]["a"]["memory"]["measured"] == NEED
+    assert status["models"]["a"]["padding"] == 0.0
     assert status["queue"] == {"outstanding": 0, "size": 128}
     assert status["tokens_per_second"] == 0
 

@@ -5,6 +5,7 @@ import signal
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from copy import deepcopy
 from pathlib import Path
 
 import anyio
@@ -21,8 +22,9 @@ from lmx.errors import (
     RunnerDied,
     ServerStopping,
 )
+from lmx.generation import Part, TokenLogprob
 from lmx.inference import Generation, InferenceQueue, Runner, runner_environment
-from lmx.messages import Finished, Load
+from lmx.messages import Delta, Finished, Load
 
 from .asking import chat, content, delta
 from .fake_runner import COMMAND
@@ -34,7 +36,7 @@ LONG = EngineSettings(context_length=100_000_000)
 
 def make(tmp_path: Path, name: str = "model", config: Config | None = None) -> Runner:
     config = config or Config(engine=LONG)
-    load = Load(str(tmp_path / name), "mlx", config.engine, 0, str(tmp_path / "turn"))
+    load = Load(str(tmp_path / name), "mlx", config.engine, 0, None, str(tmp_path / "turn"))
     return Runner(load, config, command=COMMAND)
 
 
@@ -148,14 +150,33 @@ async def test_leaving_a_generation_cancels_it(tmp_path: Path) -> None:
             assert await text_of(generation) == "still here "
 
 
-async def test_events_wait_for_a_slow_reader_in_one_list(tmp_path: Path) -> None:
+async def test_text_waits_for_a_slow_reader_in_one_piece() -> None:
     """What arrives while the reader is busy comes with its next look, none lost, in order."""
     generation = Generation(1)
     for number in range(3):
-        generation.put(delta(1, str(number), number))
+        generation.put(delta(1, str(number), number, "length" if number == 2 else None))
     generation.put(Finished(1, 3))
     batches = [batch async for batch in generation]
-    assert batches == [[*(delta(1, str(n), n) for n in range(3)), Finished(1, 3)]]
+    assert batches == [[delta(1, "012", 2, "length"), Finished(1, 3)]]
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (delta(1, "a", 1), Delta(1, 1, [Part("content", "b")], 1)),
+        (delta(1, "a", 1), Delta(1, 0, [Part("reasoning", "b")], 2)),
+        (delta(1, "a", 1), delta(1, "", 2, "stop")),
+        (Delta(1, 0, [Part("call", "f", "1")], 1), Delta(1, 0, [Part("call", "g", "2")], 2)),
+        (delta(1, "a", 1), Delta(1, 0, [Part("content", "b")], 2, [TokenLogprob(b"b", -1.0)])),
+    ],
+    ids=["another answer", "another kind", "the end", "two calls", "logprobs"],
+)
+async def test_what_does_not_belong_together_stays_apart(first: Delta, second: Delta) -> None:
+    """Only text that goes on is joined, and what is said about each token keeps its token."""
+    generation = Generation(1)
+    for event in (deepcopy(first), second, Finished(1)):
+        generation.put(event)
+    assert [batch async for batch in generation] == [[first, second, Finished(1)]]
 
 
 async def test_an_error_comes_after_the_events_before_it(tmp_path: Path) -> None:
@@ -206,7 +227,7 @@ async def test_a_model_that_does_not_load(tmp_path: Path, name: str, message: st
 async def test_a_process_that_is_no_runner_is_ended(tmp_path: Path, said: str) -> None:
     """What it says is not understood, and that is an error of this model only."""
     code = f"import sys, threading; sys.stdout.write({said}); sys.stdout.flush(); sys.stdin.read()"
-    load = Load(str(tmp_path), "mlx", EngineSettings(), 0, str(tmp_path / "turn"))
+    load = Load(str(tmp_path), "mlx", EngineSettings(), 0, None, str(tmp_path / "turn"))
     runner = Runner(load, Config(load_timeout_seconds=5), command=(sys.executable, "-c", code))
     async with anyio.create_task_group() as tasks:
         with pytest.raises(LMXError, match=r"does not speak as a runner"):
@@ -229,10 +250,10 @@ async def test_a_report_that_comes_too_late(tmp_path: Path) -> None:
     """One whose grant the watchdog has given up meanwhile is taken as it is."""
     code = (
         "import sys\nfrom lmx.messages import *\n"
-        "sys.stdout.buffer.write(encode_events([Loaded(64, 1, 'x'), Report(1, 2, 3)]))\n"
+        "sys.stdout.buffer.write(encode_events([Loaded(64, 1, 'x', []), Report(1, 2, 3)]))\n"
         "sys.stdout.flush()\nsys.stdin.read(1)"
     )
-    load = Load(str(tmp_path), "mlx", EngineSettings(), 0, str(tmp_path / "turn"))
+    load = Load(str(tmp_path), "mlx", EngineSettings(), 0, None, str(tmp_path / "turn"))
     runner = Runner(load, Config(), command=(sys.executable, "-c", code))
     with anyio.fail_after(60):
         async with anyio.create_task_group() as tasks:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AsyncExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import anyio
 import pytest
 from anyio.abc import TaskStatus
 
-from lmx.config import Config, ModelSettings
+from lmx.config import Config, EngineSettings, ModelSettings
 from lmx.errors import (
     Conflict,
     InsufficientMemory,
@@ -27,6 +27,7 @@ from lmx.errors import (
 from lmx.inference import InferenceQueue
 from lmx.kv_cache import KVCacheSize
 from lmx.memory import CRITICAL, WARNING
+from lmx.messages import Load
 from lmx.registry import Registry
 from lmx.slot import Slot
 
@@ -193,6 +194,7 @@ async def test_loads_come_in_order(world: World, tmp_path: Path) -> None:
             await until(lambda: registry.slots["/nowhere/a"].state == "draining")
             tasks.start_soon(use, registry, "middle")
             tasks.start_soon(use, registry, "small")
+            await until(lambda: "small" in world.loaded)
             await settle()
             assert world.loaded == ["a", "small"]
         await until(lambda: "middle" in world.loaded)
@@ -654,6 +656,102 @@ async def test_the_next_estimate_has_learnt(world: World, tmp_path: Path) -> Non
         await use(registry, "a")
         estimate = registry.slots["/nowhere/a"].estimate
         assert estimate is not None and estimate.total == NEED + 50 * MB
+
+
+async def test_past_prompts_are_no_working_memory(world: World, tmp_path: Path) -> None:
+    """What a model needs while it works is learnt, though past prompts took more at other times."""
+    async with opened(world, tmp_path) as registry:
+        async with registry.lease("a") as lease:
+            for past, working in ((0, 50), (500, 0), (0, 0)):
+                runner(lease).past = past * MB
+                runner(lease).bytes = NEED + (past + working) * MB
+                registry.guard.look()
+                runner(lease).grant(past * MB)
+        await registry.unload("a")
+        await use(registry, "a")
+        estimate = registry.slots["/nowhere/a"].estimate
+        assert estimate is not None and estimate.total == NEED + 50 * MB
+
+
+@pytest.mark.parametrize("busy", [False, True], ids=["idle", "busy"])
+async def test_past_prompts_give_way_before_models_do(
+    world: World, tmp_path: Path, busy: bool
+) -> None:
+    """A load that would fit without the KV caches of past prompts unloads nobody."""
+    world.add("x", format="mlx", kv_cache=KVCacheSize(((1024, None),)))
+    async with opened(world, tmp_path, memory=limited(1000)) as registry, AsyncExitStack() as stack:
+        async with registry.lease("x") as lease:
+            runner(lease).past = 500 * MB
+            runner(lease).bytes += 500 * MB
+            runner(lease).grant(600 * MB)
+        if busy:
+            await stack.enter_async_context(registry.lease("x"))
+        assert registry.guard.room().free < NEED
+        await use(registry, "a")
+        assert world.loaded == ["a", "x"] and len(world.runners) == 2
+
+
+# The test at load, and what is sent with it
+
+
+def loads(world: World) -> list[Load]:
+    return [runner.load for runner in world.runners]
+
+
+async def test_what_was_tested_is_not_tested_again(world: World, tmp_path: Path) -> None:
+    """A model is tested at its first load, and anew when its settings have changed."""
+    for settings in (EngineSettings(), EngineSettings(), EngineSettings(draft_tokens=0)):
+        async with opened(world, tmp_path, engine=settings, preload=("a",)) as registry:
+            await until(lambda: world.loaded)
+            await use(registry, "a")
+            assert registry.slots["/nowhere/a"].problems == world.problems
+    assert [load.features for load in loads(world)] == [None, world.features, None]
+
+
+async def test_the_runner_gets_paths(world: World, tmp_path: Path) -> None:
+    """A draft model's id becomes its path, and ~ the home folder."""
+    draft = ModelSettings(engine={"draft_model": "b", "prefix_disk_dir": "~/p"})
+    async with opened(world, tmp_path, models={"a": draft}) as registry:
+        await use(registry, "a")
+        estimate = registry.slots["/nowhere/a"].estimate
+    [load] = loads(world)
+    assert load.settings.draft_model == "/nowhere/b"
+    assert load.settings.prefix_disk_dir == str(Path.home() / "p")
+    assert estimate is not None and estimate.weights == 2 * WEIGHTS
+
+
+@pytest.mark.parametrize(
+    ("draft", "message"),
+    [
+        ("a", "cannot guess for itself"),
+        ("none", "'none' does not exist"),
+        ("mlx", "mlx is mlx, chat, and not gguf, chat"),
+        ("embedder", "embedder is gguf, embedding, and not"),
+        ("broken", "no tokenizer"),
+    ],
+)
+async def test_a_draft_model_that_will_not_do(
+    world: World, tmp_path: Path, draft: str, message: str
+) -> None:
+    """The load fails and says what is wrong with it."""
+    world.add("mlx", format="mlx")
+    world.add("embedder", kind="embedding")
+    world.add("broken", error="no tokenizer")
+    settings = ModelSettings(engine={"draft_model": draft})
+    async with opened(world, tmp_path, models={"a": settings}) as registry:
+        with pytest.raises(ModelLoadFailed, match=f"draft_model of a: .*{message}"):
+            await use(registry, "a")
+    assert world.runners == []
+
+
+async def test_a_draft_model_takes_the_format_that_is_loaded(world: World, tmp_path: Path) -> None:
+    """Where GGUF takes over for the model, the draft model's GGUF weights do as well."""
+    fallback = world.add("b-gguf")
+    world.add("b", format="mlx", fallback=fallback)
+    settings = ModelSettings(engine={"draft_model": "b"})
+    async with opened(world, tmp_path, models={"a": settings}) as registry:
+        await use(registry, "a")
+    assert loads(world)[0].settings.draft_model == "/nowhere/b-gguf"
 
 
 # Everything at once

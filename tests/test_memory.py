@@ -54,6 +54,15 @@ def test_the_kv_cache_of_one_context_is_reserved(
     assert estimate(model(format=format, context_length=own), settings).kv == tokens * 1000
 
 
+def test_a_draft_model_counts() -> None:
+    """Its weights, and its KV cache for as long a context, once: it guesses for one sequence."""
+    settings = EngineSettings(context_length=1000)
+    small = KVCacheSize(((10, None),))
+    draft = model(size_bytes=GB, kv_cache=small)
+    alone, both = estimate(model(), settings), estimate(model(), settings, draft=draft)
+    assert (both.weights, both.kv) == (alone.weights + GB, alone.kv + small.bytes(1000))
+
+
 def test_what_was_learnt_replaces_the_guess() -> None:
     """The working memory of the last load counts, but never less than the process itself."""
     settings = EngineSettings()

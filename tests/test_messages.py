@@ -81,7 +81,8 @@ CHAT = Chat(
     template_kwargs={"enable_thinking": False},
 )
 COMMANDS: list[AnyCommand] = [
-    Load("/models/a b", "mlx", EngineSettings(context_length=4096), 1 << 30, "/tmp/turn"),
+    Load("/models/a b", "mlx", EngineSettings(context_length=4096), 1 << 30, None, "/tmp/turn"),
+    Load("/models/c.gguf", "gguf", EngineSettings(), 0, ["batch"], "/tmp/turn"),
     Generate(1, GenerationRequest(CHAT, PARAMS, 3, Grammar("regex", "a|b"))),
     Generate(2, GenerationRequest(["a", [1, 2]], SamplingParams())),
     Embed(3, EmbeddingRequest(["ü", [7]], 64)),
@@ -90,15 +91,15 @@ COMMANDS: list[AnyCommand] = [
     Stop(),
 ]
 EVENTS: list[AnyEvent] = [
-    Loaded(4096, 16, "mlx-lm 0.32.2"),
-    Report(2**40, 2**33, 0),
+    Loaded(4096, 16, "mlx-lm 0.32.2", ["batch", "prefix"], ["draft: it differs"]),
+    Report(2**40, 2**33, 0, 0.25),
     LoadFailed(ERROR),
-    Accepted(1, 10, 9),
+    Accepted(1, 10),
     Refused(1, ERROR),
     Delta(1, 0, [Part("call", "f", "id"), Part("arguments", "👋")], 3),
     Delta(1, 1, [], 4, [TokenLogprob(b"\xf0", -1.5, [(b"a", -0.5)])], "length"),
     Embedded(1, 0, b"\0\0\x80?"),
-    Finished(1, 7, 2, True),
+    Finished(1, 7, 2, 5, 4, 3, True),
     Failed(1, ERROR),
 ]
 

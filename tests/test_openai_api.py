@@ -18,7 +18,7 @@ from starlette.testclient import TestClient
 
 from lmx import __version__
 from lmx.chat_schema import ChatCompletionRequest
-from lmx.config import Config
+from lmx.config import Config, ModelSettings
 from lmx.errors import (
     ContextLengthExceeded,
     GenerationFailed,
@@ -223,6 +223,37 @@ def test_an_empty_answer(server: Server, client: TestClient) -> None:
         ],
         [{"index": 0, "delta": {}, "logprobs": None, "finish_reason": "stop"}],
     ]
+
+
+def test_what_was_drafted(server: Server, client: TestClient) -> None:
+    """LM Studio's stats say how good the draft was, beside the usage; without a draft, nothing."""
+    server.queue.steps = [
+        [says("a", finish="stop"), Finished(1, 9, drafted_tokens=6, accepted_tokens=4)]
+    ]
+    counts = {
+        "total_draft_tokens_count": 6,
+        "accepted_draft_tokens_count": 4,
+        "rejected_draft_tokens_count": 2,
+    }
+    assert chat(client).json()["stats"] == counts
+    model = ModelSettings(engine={"draft_model": "owl"})
+    server.registry.config = Config(models={"parrot": model})
+    *others, last, _ = data_of(chat(client, stream=True, stream_options={"include_usage": True}))
+    assert json.loads(last)["stats"] == {"draft_model": "owl"} | counts
+    assert all("stats" not in json.loads(chunk) for chunk in others)
+
+
+def test_a_draft_model_is_configured_and_not_chosen(server: Server, client: TestClient) -> None:
+    """A request may name the one that is configured, by any of its names."""
+    refused = chat(client, draft_model="zoo/owl").json()["error"]
+    assert (refused["code"], refused["param"]) == ("unsupported_parameter", "draft_model")
+    assert "models.parrot.engine" in refused["message"]
+    model = ModelSettings(engine={"draft_model": "zoo/owl/owl-q4.gguf"})
+    server.registry.config = Config(models={"parrot": model})
+    assert chat(client, draft_model="zoo/owl").status_code == 200
+    assert chat(client, draft_model="parrot").json()["error"]["code"] == "unsupported_parameter"
+    unknown = chat(client, draft_model="cat")
+    assert (unknown.status_code, unknown.json()["error"]["param"]) == (404, "draft_model")
 
 
 REFUSALS = [

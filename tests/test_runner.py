@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import threading
 import time
 from array import array
@@ -27,14 +28,21 @@ from lmx.messages import (
     Embedded,
     Failed,
     Finished,
+    FrameReader,
     Generate,
+    Grant,
+    Load,
+    Loaded,
     Refused,
+    Report,
     Stop,
+    decode_events,
     encode_command,
 )
 from lmx.runner import GPUTurn, Runner, read_commands
 
 from .asking import chat, content
+from .fake_runner import COMMAND
 from .fakes import FakeBackend
 
 Say = Callable[[AnyCommand], None]
@@ -104,7 +112,7 @@ def test_a_request_is_accepted_streamed_and_finished(tmp_path: Path) -> None:
     with running(tmp_path) as (say, heard, _, _):
         say(generate(7, "one two three"))
         events = heard.until(Finished, 7)
-    assert events[0] == Accepted(7, 3, 0)
+    assert events[0] == Accepted(7, 3)
     texts = [content([e]) for e in events if isinstance(e, Delta)]
     assert texts == ["one ", "two ", "three ", ""] and finish_of(events) == ("stop", 4)
     assert events[-1] == Finished(7, 4)
@@ -269,7 +277,7 @@ def test_answers_to_one_prompt(tmp_path: Path) -> None:
     with running(tmp_path) as (say, heard, backend, _):
         say(Generate(1, chat("one two", n=3, seed=7)))
         events = heard.until(Finished, 1)
-        assert events[0] == Accepted(1, 2, 0)
+        assert events[0] == Accepted(1, 2)
         assert [content(events, 1, index) for index in range(4)] == ["one two "] * 3 + [""]
         assert events[-1] == Finished(1, 9)
         assert [s.params.seed for s in backend.added] == [7, 8, 9]
@@ -283,7 +291,7 @@ def test_several_prompts(tmp_path: Path) -> None:
         request = GenerationRequest(["b c", [a]], SamplingParams(seed=7), n=2)
         say(Generate(1, request))
         events = heard.until(Finished, 1)
-        assert events[0] == Accepted(1, 3, 0)
+        assert events[0] == Accepted(1, 3)
         assert [content(events, 1, i) for i in range(4)] == ["b c ", "b c ", "a ", "a "]
         assert [s.params.seed for s in backend.added] == [7, 8, 7, 8]
 
@@ -325,7 +333,7 @@ def test_embeddings(tmp_path: Path) -> None:
         [a, b] = backend.tokenize("a b")
         say(Embed(1, EmbeddingRequest(["a b", [b]])))
         events = heard.until(Finished, 1)
-        assert events[0] == Accepted(1, 3, 0) and events[-1] == Finished(1)
+        assert events[0] == Accepted(1, 3) and events[-1] == Finished(1)
         vectors = {
             e.index: array("f", e.vector).tolist() for e in events if isinstance(e, Embedded)
         }
@@ -334,6 +342,51 @@ def test_embeddings(tmp_path: Path) -> None:
             say(Embed(2, EmbeddingRequest(["fine", bad])))
             [refused] = heard.until(Refused, 2)
             assert isinstance(refused, Refused) and refused.error.param == "input"
+
+
+def test_what_was_cached_and_guessed_is_counted(tmp_path: Path) -> None:
+    """Cached tokens add up over a request's prompts, guesses over its answers; a prompt with
+    several answers is prefilled once. A cancelled request's count as well."""
+    folder = tmp_path / "fast"
+    folder.mkdir()
+    with running(folder, EngineSettings(context_length=10_000_000)) as (say, heard, _, _):
+        say(generate(1, "one two three"))
+        assert heard.until(Finished, 1)[-1] == Finished(1, 4, drafted_tokens=2, accepted_tokens=1)
+        request = GenerationRequest(["one two four", "one six", "new"], SamplingParams(), n=2)
+        say(Generate(2, request))
+        assert heard.until(Finished, 2)[-1] == Finished(2, 18, cached_tokens=3)
+        say(generate(3, "FOREVER one"))
+        heard.until(Delta, 3)
+        say(Cancel(3))
+        [*_, last] = heard.until(Finished, 3)
+        assert isinstance(last, Finished) and last.cancelled
+        assert (last.drafted_tokens, last.accepted_tokens) == (2, 1)
+
+
+def test_a_grant_is_answered(tmp_path: Path) -> None:
+    """The report has what the backend says, padding included."""
+    with running(tmp_path) as (say, heard, _, _):
+        say(Grant(5))
+        assert heard.next() == Report(0, 5, 0, 0.25)
+
+
+@pytest.mark.parametrize(
+    ("known", "features"),
+    [
+        (None, ["batch", "draft", "prefix", "ragged"]),
+        (["prefix", "batch", "of a later version"], ["batch", "prefix"]),
+        ([], []),
+    ],
+    ids=["not tested yet", "some have passed before", "none has"],
+)
+def test_a_loaded_model_tells_its_features(
+    tmp_path: Path, known: list[str] | None, features: list[str]
+) -> None:
+    """What the server remembers is used as it is; without that, the model is tested."""
+    load = Load(str(tmp_path / "fast"), "mlx", EngineSettings(), 0, known, str(tmp_path / "turn"))
+    done = subprocess.run(COMMAND, input=encode_command(load), stdout=subprocess.PIPE)
+    first, *_ = FrameReader().feed(done.stdout)
+    assert decode_events(first) == [Loaded(64, 16, "fake 1.0", features)]
 
 
 def test_an_answer_whose_grammar_fails_fails(

@@ -23,6 +23,7 @@ FIELDS = ChatCompletionRequest.__struct_fields__
 BAD: list[tuple[str, Any, str]] = [
     ("model", None, "model"),
     ("model", 1, "model"),
+    ("draft_model", 1, "draft_model"),
     ("ttl", 0, "ttl"),
     ("ttl", "1h", "ttl"),
     ("messages", None, "messages"),
@@ -363,8 +364,8 @@ def test_absent_and_null_are_told_apart() -> None:
 
 
 def test_usage_adds_up() -> None:
-    """The total is the sum, and cached prompt tokens are reported where OpenAI reports them."""
-    usage = msgspec.to_builtins(CompletionUsage.of(Usage(10, 5, 4, 2)))
+    """The total is the sum, and what was cached and drafted is where OpenAI reports it."""
+    usage = msgspec.to_builtins(CompletionUsage.of(Usage(10, 5, 4, 2, 8, 3)))
     assert usage == {
         "prompt_tokens": 10,
         "completion_tokens": 5,
@@ -373,7 +374,7 @@ def test_usage_adds_up() -> None:
         "completion_tokens_details": {
             "reasoning_tokens": 2,
             "audio_tokens": 0,
-            "accepted_prediction_tokens": 0,
-            "rejected_prediction_tokens": 0,
+            "accepted_prediction_tokens": 3,
+            "rejected_prediction_tokens": 5,
         },
     }

@@ -95,7 +95,31 @@ class SequenceFailed:
     error: LMXError
 
 
-StepEvent = TokenEvent | VectorEvent | SequenceFailed
+@dataclass(frozen=True, slots=True)
+class Prefilled:
+    """A sequence's prompt is in the KV cache; its tokens follow. Once per sequence, and before its
+    first token."""
+
+    uid: int
+    cached_tokens: int
+    """Of the prompt, those whose KV cache was there already: at most all but the last."""
+
+
+@dataclass(frozen=True, slots=True)
+class Drafted:
+    """Tokens were guessed ahead for a sequence. Those that the model drew as well follow as
+    `TokenEvent`s like any other."""
+
+    uid: int
+    tokens: int
+    accepted: int
+
+
+StepEvent = Prefilled | Drafted | TokenEvent | VectorEvent | SequenceFailed
+
+Feature = Literal["batch", "ragged", "prefix", "draft"]
+"""What makes a backend faster and must not change what it says: several sequences together; those
+of different lengths without padding; KV caches of past prompts; guessing ahead."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +129,9 @@ class Memory:
     kv_bytes: int
     """What the KV cache may take."""
     kv_used_bytes: int
-    """The most it has taken since the last question."""
+    """The most it has taken since the last question, past prompts included."""
+    padding: float = 0.0
+    """The largest share of a batch's KV cells that held nothing, since the last question."""
 
 
 class BackendBroken(Exception):
@@ -161,6 +187,8 @@ class Backend(Protocol):
     parallel: int
     """Sequences decoded together; more may be added, they wait in order."""
     engine: str
+    features: frozenset[Feature]
+    """In use."""
 
     @property
     def chat_template(self) -> Template | None: ...
@@ -194,8 +222,11 @@ class Backend(Protocol):
         Sequences that do not fit wait; one that does not fit alone fails.
         """
 
+    def use(self, features: frozenset[Feature]) -> None:
+        """Use these features and no others, starting with nothing cached. No sequence is there."""
+
     def close(self) -> None:
-        """Free the model."""
+        """Free the model, after keeping on disk what prefixes the settings say."""
 
 
 def load(path: Path, format: str, settings: EngineSettings, kv_bytes: int) -> Backend:

@@ -5,30 +5,31 @@ reserved for answers, because most clients send no limit: a sequence starts when
 little more fit, and when the pool runs out the youngest goes back to the queue, keeping its
 sampler and its text, to be prefilled again with what it had generated.
 
-On the CPU a sequence that has ended stays parked in its cells until they are needed: whoever takes
-freed cells has its keys out of order, which rounds its sums differently (see `_make_context`).
+A sequence that has ended stays parked in its cells until they are needed, and whoever begins with
+the same tokens shares them. A prompt that begins like another one which is being prefilled waits
+for that part of it.
 """
 
 from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate, takewhile
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Final, Literal
 
 import llama_cpp
 import numpy as np
 
-from ..chat_template import ChatTemplate, own_template
-from ..config import KV_TOKENS, EngineSettings
+from ..config import EngineSettings
 from ..errors import GenerationFailed, ModelLoadFailed
-from ..gguf_header import read_header
+from ..prefix_folder import PrefixFolder
 from . import (
-    BackendBroken,
-    Logprobs,
+    Drafted,
+    Feature,
     Memory,
+    Prefilled,
     PrefillRate,
     Sequence,
     SequenceFailed,
@@ -36,54 +37,23 @@ from . import (
     TokenEvent,
     llama,
 )
+from .borders import borders
+from .gguf_cells import Cells, common
+from .gguf_draft import DraftModel, Repeats
+from .gguf_model import GGUFModel
+from .gguf_rows import Prefix, Row
 from .gguf_sampling import forbid, new_sampler, reporter
+from .gguf_snapshots import Snapshots
+from .lookup import Pays
 
-GROWTH_CELLS: Final = 64
-"""Cells beyond its tokens that a sequence must find free to start: with fewer it would soon be
-preempted again, and every preemption costs a prefill."""
+IDS: Final = 4
+"""Sequences in the KV cache for each that runs, where an id costs nothing."""
 
-_GGML_TYPE_BF16: Final = 30
+SNAPSHOT_BYTES: Final = 2**28
+"""Where the settings leave it open, as these are outside of what llama.cpp has reserved."""
 
-
-@dataclass(slots=True, eq=False)
-class _Shared:
-    """Cells that several sequences have in common: those of a prompt with several answers."""
-
-    cells: int
-
-
-@dataclass(slots=True, eq=False)
-class _Row:
-    """A sequence. `tokens[:cached]` are in the KV cache under `seq_id`; with one token pending it
-    decodes, with more it prefills."""
-
-    sequence: Sequence
-    tokens: list[int]
-    end: int
-    """Length of prompt and longest answer."""
-    sampler: Any
-    seq_id: int = -1
-    cached: int = 0
-    shared: _Shared | None = None
-    leader: _Row | None = None
-    """While it waits for a copy of that one's cache, which is being given the same prompt."""
-
-    @property
-    def uid(self) -> int:
-        return self.sequence.uid
-
-    @property
-    def pending(self) -> int:
-        return len(self.tokens) - self.cached
-
-    @property
-    def claim(self) -> int:
-        claim = min(len(self.tokens) + GROWTH_CELLS, self.end)
-        return claim - len(self.tokens) if self.leader else claim
-
-    @property
-    def own_cells(self) -> int:
-        return self.cached - (self.shared.cells if self.shared else 0)
+WAIT_TOKENS: Final = 32
+"""A prompt waits for another's prefill if that saves it at least so many."""
 
 
 class GGUFBackend:
@@ -91,109 +61,69 @@ class GGUFBackend:
     tool_parser: str | None = None
 
     def __init__(self, path: Path, settings: EngineSettings, kv_bytes: int) -> None:
-        header = read_header(path, arrays=False)  # llama.cpp may abort on a malformed file
-        self._context = None
-        self._model = llama.load_model(path)
+        self._model = GGUFModel(path, settings, IDS)
         self._kv_bytes = kv_bytes
-        self.parallel = settings.parallel
+        self._engine_bytes = self._model.engine_bytes
+        self._parallel = self.parallel = settings.parallel
         self.engine = llama.ENGINE
-        try:
-            self._make_context(settings)
-            self._read_vocabulary(
-                own_template(settings) or header.metadata.get("tokenizer.chat_template")
-            )
-        except ModelLoadFailed as error:
-            self._free_native()
-            raise ModelLoadFailed(f"{path}: {error.message}") from None
-        self._engine_bytes = llama.buffer_bytes(self._model)
+        self.context_length = self._model.context_length
+        self.vocabulary = self._model.vocabulary
+        self.chat_template = self._model.chat_template
+        self.tokenize = self._model.tokenize
+        self._context = self._model.context
+        self._batch = llama.Batch(self._context)
+        cells, budget = self._model.cells, settings.prefix_cache_bytes
+        keep = budget // self._model.cell_bytes if budget else cells
+        ids, ordered = self._model.seq_ids, self._model.ordered
+        self._cells = Cells(self._context, cells, ids, keep, ordered=ordered)
+        self._by_cell = self._model.by_cell
 
-        self._batch_tokens: int = llama_cpp.llama_n_batch(self._context)
-        self._batch = llama_cpp.llama_batch_init(self._batch_tokens, 0, 1)
-        for i in range(self._batch_tokens):
-            self._batch.n_seq_id[i] = 1
-        self._batch_seq_ids = [self._batch.seq_id[i] for i in range(self._batch_tokens)]
+        self._snapshots = Snapshots(self._context, SNAPSHOT_BYTES if budget is None else budget)
+        able: set[Feature] = {"batch", "ragged"}
+        if budget != 0:
+            able.add("prefix")
+        self._disk: PrefixFolder | None = None
+        self._disk_bytes = settings.prefix_disk_bytes
+        if budget != 0 and self._by_cell and self._disk_bytes:
+            folder = Path(settings.prefix_disk_dir).expanduser()
+            self._disk = PrefixFolder(folder, self._model.name, self._disk_bytes)
+        self._draft_tokens = settings.draft_tokens if self._by_cell else 0
+        self._guesses: Repeats | DraftModel = Repeats()
+        if self._draft_tokens:
+            able.add("draft")
+            if settings.draft_model:
+                try:
+                    self._guesses = DraftModel(
+                        Path(settings.draft_model), self.vocabulary, self.context_length
+                    )
+                except ModelLoadFailed:
+                    self._free()
+                    raise
+                self._engine_bytes += self._guesses.engine_bytes
+        self._able = self.features = frozenset(able)
+        self._pays = Pays()
 
         # Both in order of arrival, and everything running came before everything waiting.
-        self._running: list[_Row] = []
-        self._waiting: deque[_Row] = deque()
-        self._parked: deque[tuple[int, int, _Shared | None]] = deque()
-        """seq_id and cells of sequences that have ended, oldest first."""
-        self._free_seq_ids = list(range(self._seq_ids))
+        self._running: list[Row] = []
+        self._waiting: deque[Row] = deque()
         self._rate = PrefillRate(settings.prefill_slice_seconds)
-
-    def _make_context(self, settings: EngineSettings) -> None:
-        if llama_cpp.llama_model_has_encoder(self._model) or llama_cpp.llama_model_is_diffusion(
-            self._model
-        ):
-            raise ModelLoadFailed("not a decoder-only model, and no other kind is supported")
-        trained: int = llama_cpp.llama_model_n_ctx_train(self._model)
-        self.context_length = min(settings.context_length or KV_TOKENS, trained)
-        params = llama_cpp.llama_context_default_params()
-        params.n_ctx = self.context_length
-        # Parked sequences need ids, which are for nothing only where memory is by the cell.
-        self._parks = not (
-            llama_cpp.llama_supports_gpu_offload()
-            or llama_cpp.llama_model_is_recurrent(self._model)
-            or llama_cpp.llama_model_is_hybrid(self._model)
-            or llama_cpp.llama_model_n_swa(self._model) > 0
-        )
-        most: int = llama_cpp.llama_max_parallel_sequences()
-        ids = min(2 * settings.parallel, most) if self._parks else settings.parallel
-        params.n_seq_max = params.n_outputs_max = self._seq_ids = ids
-        params.kv_unified = True
-        params.swa_full = False
-        params.n_threads = params.n_threads_batch = llama.threads()
-        if not llama_cpp.llama_supports_gpu_offload():
-            # The same answer alone and in a batch. On the CPU a row's result depends on the rest of
-            # the batch in two flash attention kernels only: the one for a single row, which splits
-            # the cells among the threads, and the tiled one for 64 rows or more. Both demand K and
-            # V of one type, float16 or float32. With bfloat16 K neither is chosen, and rows are
-            # bit-equal until a sequence gets cells that another had before (sums then run in
-            # another order, and rounding the activations to 8 bits makes much of the least
-            # difference). Decoding costs nothing; prefill is 6 % slower for 330 tokens, 40 % for
-            # 3900.
-            # On a GPU the number of rows selects the matrix kernels as well: nothing to win.
-            params.type_k = _GGML_TYPE_BF16
-        self._context = llama_cpp.llama_init_from_model(self._model, params)
-        if not self._context:
-            raise ModelLoadFailed(f"no context of {self.context_length} tokens: {llama.errors()}")
-        self._cache: Any = llama_cpp.llama_get_memory(self._context)
-        pooling = llama_cpp.llama_pooling_type(self._context)
-        if not self._cache or pooling != llama_cpp.LLAMA_POOLING_TYPE_NONE:
-            raise ModelLoadFailed("an embedding model, which generates no text")
-        self._cells: int = llama_cpp.llama_n_ctx(self._context)
-
-    def _read_vocabulary(self, template: object) -> None:
-        self._vocab = llama_cpp.llama_model_get_vocab(self._model)
-        self.vocabulary = llama.read_vocabulary(self._vocab)
-        special = (llama_cpp.llama_vocab_bos(self._vocab), llama_cpp.llama_vocab_eos(self._vocab))
-        texts = (
-            llama_cpp.llama_vocab_get_text(self._vocab, id) if id >= 0 else b"" for id in special
-        )
-        bos, eos = (text.decode("utf-8", "replace") for text in texts)
-        add_bos = bool(bos) and llama_cpp.llama_vocab_get_add_bos(self._vocab)
-        self._bos = (special[0], bos) if add_bos else None
-        self.chat_template: ChatTemplate | None = None
-        if isinstance(template, str):
-            self.chat_template = ChatTemplate(template, bos_token=bos, eos_token=eos)
-
-    def tokenize(self, text: str, *, raw: bool = False) -> list[int]:
-        # Not `add_special`, which would also add an end token where the vocabulary says so.
-        tokens = [self._bos[0]] if self._bos and not text.startswith(self._bos[1]) else []
-        return tokens + llama.tokenize(self._vocab, text, add_special=False)
+        self._overtaken = False
+        """The last slice of prefill passed by the sequence that came first."""
 
     def add(self, sequence: Sequence) -> None:
+        prompt = sequence.prompt
+        vocabulary = len(self.vocabulary.tokens)
+        others = [*self._running, *self._waiting]
+        keeps = "prefix" in self.features and not self._by_cell
         self._waiting.append(
-            _Row(
+            Row(
                 sequence,
-                list(sequence.prompt),
-                len(sequence.prompt) + sequence.max_tokens,
-                new_sampler(
-                    sequence.params,
-                    sequence.prompt,
-                    len(self.vocabulary.tokens),
-                    self.context_length,
-                ),
+                list(prompt),
+                len(prompt) + sequence.max_tokens,
+                new_sampler(sequence.params, prompt, vocabulary, self.context_length),
+                np.array(prompt, np.int32),
+                all(row.sequence.prompt is not prompt for row in others),
+                borders(prompt, self.vocabulary.control) if keeps else [],
             )
         )
 
@@ -205,95 +135,146 @@ class GGUFBackend:
     def step(self) -> list[StepEvent]:
         events: list[StepEvent] = []
         self._admit()
-        decoding = self._decode_step(events)
+        decoding = self._speculate(events) or self._decode_step(events)
         self._prefill_slice(events, decoding)
         return events
 
     def grant(self, kv_bytes: int) -> Memory:
         # llama.cpp has taken all it will ever take when it made the context.
-        return Memory(self._engine_bytes, self._kv_bytes, self._kv_bytes)
+        return Memory(self._engine_bytes + self._snapshots.bytes, self._kv_bytes, self._kv_bytes)
+
+    def use(self, features: frozenset[Feature]) -> None:
+        self.features = features & self._able
+        self.parallel = self._parallel if "batch" in features else 1
+        self._cells.drop_parked()
+        self._snapshots.clear()
+        self._pays = Pays()
 
     def close(self) -> None:
         for row in [*self._running, *self._waiting]:
             self._release(row)
-        llama_cpp.llama_batch_free(self._batch)
-        self._free_native()
+        if self._disk and "prefix" in self.features:
+            self._spill(self._disk)
+        self._free()
 
-    def _free_native(self) -> None:
-        if self._context:
-            llama_cpp.llama_free(self._context)
-        llama_cpp.llama_model_free(self._model)
-        self._context = self._model = None
+    def _spill(self, disk: PrefixFolder) -> None:
+        """Write what was used last, as far as the budget goes, and that last."""
+        parked = list(self._cells.parked.items())
+        sizes = (llama.state_bytes(self._context, seq_id) for seq_id, _ in reversed(parked))
+        fit = sum(1 for total in accumulate(sizes) if total <= self._disk_bytes)
+        for seq_id, ids in parked[len(parked) - fit :]:
+            disk.add(ids.tolist(), partial(llama.save, self._context, seq_id, ids))
+
+    def _free(self) -> None:
+        self._guesses.close()
+        self._batch.free()
+        self._model.close()
 
     # Which sequences run.
 
     def _admit(self) -> None:
-        leader: _Row | None = None
         while self._waiting and len(self._running) < self.parallel:
             row = self._waiting[0]
-            fresh = len(row.tokens) == len(row.sequence.prompt)
-            follows = leader is not None and row.sequence.prompt is leader.sequence.prompt
-            row.leader = leader if fresh and follows else None
-            claims = sum(row.claim for row in self._running) - self._shared_twice()
-            if self._running and claims + row.claim > self._cells:
-                row.leader = None
-                return
-            if not self._free_seq_ids:
-                self._drop_oldest_parked()
+            prefix = self._find(row)
+            if self._running:
+                held = self._cells.held(other.seq_id for other in self._running)
+                held += sum(other.needs for other in self._running)
+                ready = prefix.length if prefix.running else 0
+                if held + row.claim - ready > self._cells.size:
+                    return
             self._waiting.popleft()
-            row.seq_id = self._free_seq_ids.pop()
+            row.seq_id = self._cells.take()
+            # It may be the one that the prefix had.
+            self._begin(row, self._find(row) if row.seq_id == prefix.seq_id else prefix)
             self._running.append(row)
-            if fresh and not row.leader:
-                leader = row
 
-    def _shared_twice(self) -> int:
-        """Cells that the running rows' sizes count more often than they exist."""
-        shared = [row.shared for row in self._running if row.shared]
-        return sum(s.cells for s in shared) - sum(s.cells for s in set(shared))
+    def _find(self, row: Row) -> Prefix:
+        """The longest that another sequence has, or will have if that is worth waiting for."""
+        most = len(row.tokens) - 1
+        ids = row.ids[:most]
+        cached, coming, gain = Prefix(), Prefix(), WAIT_TOKENS
+        if "prefix" in self.features and self._by_cell:
+            cached.seq_id, cached.length = self._cells.find(ids)
+        elif "prefix" in self.features:
+            cached.length, cached.state = self._snapshots.find(row.tokens, most)
+        for other in takewhile(lambda other: other is not row, self._running):
+            twin = other.sequence.prompt is row.sequence.prompt
+            if not twin and "prefix" not in self.features:
+                continue
+            length = common(ids, other.ids)
+            if length > max(other.cached, coming.length):
+                coming = Prefix(length, other.seq_id, True, other)
+                gain = 1 if twin else WAIT_TOKENS
+            ready = min(length, other.cached)
+            if ready >= cached.length and (self._by_cell or ready == other.cached):
+                cached = Prefix(ready, other.seq_id, True)
+        return coming if coming.length - cached.length >= gain else cached
 
-    def _free_cells(self, wanted: int) -> int:
-        """Free cells, after dropping as many parked sequences as it takes to have `wanted`."""
-        while True:
-            used = sum(row.own_cells for row in self._running)
-            used += sum(cells for _, cells, _ in self._parked)
-            shared = {row.shared for row in self._running} | {s for _, _, s in self._parked}
-            used += sum(s.cells for s in shared if s)
-            if self._cells - used >= wanted or not self._parked:
-                return self._cells - used
-            self._drop_oldest_parked()
+    def _begin(self, row: Row, prefix: Prefix) -> None:
+        row.leader, row.share = prefix.leader, prefix.length
+        if not row.leader:
+            self._take(row, prefix)
+            self._restore(row)
 
-    def _drop_oldest_parked(self) -> None:
-        seq_id, _, _ = self._parked.popleft()
-        llama_cpp.llama_memory_seq_rm(self._cache, seq_id, -1, -1)
-        self._free_seq_ids.append(seq_id)
+    def _take(self, row: Row, prefix: Prefix) -> None:
+        """Let it begin with another sequence's cache."""
+        row.leader, row.cached = None, prefix.length
+        if prefix.state:
+            if self._snapshots.restore(row.seq_id, prefix.state):
+                self._cells.grow(row.seq_id, prefix.length)
+            else:
+                row.cached = 0
+        elif prefix.length:
+            self._cells.copy(prefix.seq_id, row.seq_id, prefix.length)
+        if row.hit is None:
+            row.hit = row.cached
 
-    def _leave(self, row: _Row) -> None:
+    def _restore(self, row: Row) -> None:
+        """Let it begin with what the disk has, if that is more and nobody has to wait for it."""
+        if not self._disk or any(other.announced for other in self._running):
+            return
+        most = len(row.tokens) - 1
+        found = self._disk.find(row.tokens, most, more_than=row.cached + WAIT_TOKENS)
+        if found and self._cells.room(len(found[1])) >= len(found[1]):
+            path, tokens = found
+            self._cells.cut(row.seq_id, 0)
+            row.cached = 0
+            if llama.restore(self._context, path, row.seq_id, len(tokens)):
+                self._cells.grow(row.seq_id, len(tokens))
+                row.cached = common(row.ids[:most], np.array(tokens, np.int32))
+            self._cells.cut(row.seq_id, row.cached)
+            row.hit = row.cached
+
+    def _leave(self, row: Row) -> None:
         """Take a sequence out of the running ones, its cells parked."""
         self._running.remove(row)
+        if self._by_cell:
+            self._cells.park(row.seq_id, row.tokens[: row.cached])
+        else:
+            if row.announced and "prefix" in self.features:
+                self._snapshots.keep(row.seq_id, row.tokens[: row.cached])
+            self._cells.release(row.seq_id)
+        row.seq_id, row.cached, row.leader = -1, 0, None
+        if not self._running and "prefix" not in self.features:
+            self._cells.drop_parked()
         for other in self._running:
             if other.leader is row:
-                other.leader = None
-        self._parked.append((row.seq_id, row.own_cells, row.shared))
-        row.seq_id, row.cached, row.shared, row.leader = -1, 0, None, None
-        while self._parked and not (self._parks and self._running):
-            self._drop_oldest_parked()
-        if not self._running:
-            # From the first cell on, the same requests get the same answers again.
-            llama_cpp.llama_memory_clear(self._cache, False)
+                self._begin(other, self._find(other))
 
     def _preempt_youngest(self) -> None:
         row = self._running[-1]
         self._leave(row)
+        row.ids = np.array(row.tokens, np.int32)
         self._waiting.appendleft(row)
 
-    def _release(self, row: _Row) -> None:
+    def _release(self, row: Row) -> None:
         if row.seq_id >= 0:
             self._leave(row)
         else:
             self._waiting.remove(row)
         llama_cpp.llama_sampler_free(row.sampler)
 
-    def _fail(self, row: _Row, events: list[StepEvent]) -> None:
+    def _fail(self, row: Row, events: list[StepEvent]) -> None:
         self._release(row)
         events.append(
             SequenceFailed(row.uid, GenerationFailed(f"llama.cpp failed: {llama.errors()}"))
@@ -304,16 +285,19 @@ class GGUFBackend:
     def _decode_step(self, events: list[StepEvent]) -> bool:
         """Decode a token for each prefilled sequence; whether there were any."""
         while batch := [(row, 1) for row in self._running if row.pending == 1 and not row.leader]:
-            if len(batch) > self._free_cells(len(batch)):
+            if len(batch) > self._cells.room(len(batch)):
                 self._preempt_youngest()
                 continue
+            start = time.perf_counter()
             code = self._decode(batch)
             if code == 0:
                 self._sample(batch, events)
+                if len(batch) == 1:
+                    self._pays.plain(time.perf_counter() - start)
                 return True
             # The cells counted here are not all there is: sliding windows have their own.
-            if code == llama.NO_SLOT and self._parked:
-                self._drop_oldest_parked()
+            if code == llama.NO_SLOT and self._cells.parked:
+                self._cells.drop_oldest()
                 continue
             if code == llama.NO_SLOT and len(self._running) > 1:
                 self._preempt_youngest()
@@ -322,18 +306,46 @@ class GGUFBackend:
                 self._fail(row, events)
         return False
 
+    def _speculate(self, events: list[StepEvent]) -> bool:
+        """Decode several tokens for a sequence that runs alone; False if they cannot be guessed."""
+        if not ("draft" in self.features and len(self._running) == 1 and self._pays.worth):
+            return False
+        row = self._running[0]
+        if self._waiting or not row.announced or row.pending > 1:
+            return False
+        start = time.perf_counter()
+        most = min(self._draft_tokens, row.end - len(row.tokens) - 1)
+        most = min(most, self._cells.room(1 + most) - 1)
+        guess = self._guesses.propose(row.tokens, most) if most > 0 else []
+        if not guess or self._decode([(row, 1)], guess):
+            return False
+        drawn: list[StepEvent] = []
+        finished, accepted = False, 0
+        # Drawn one by one from what the model makes of all that was right so far, so every token is
+        # what it would have been without a guess, a random one as well.
+        for place, guessed in enumerate([*guess, -1]):
+            finished = self._draw(row, place, drawn)
+            if row.tokens[-1] != guessed:
+                break
+            accepted += 1
+            if finished:
+                break
+        row.cached += accepted
+        self._cells.cut(row.seq_id, row.cached)
+        events += [Drafted(row.uid, len(guess), accepted), *drawn]
+        if finished:
+            self._release(row)
+        self._pays.guessed(time.perf_counter() - start, len(drawn))
+        return True
+
     def _prefill_slice(self, events: list[StepEvent], decoding: bool) -> None:
         slice_tokens = self._rate.slice_tokens(decoding=decoding)
+        # With one token pending and none cached it is a prompt of one token: it decodes.
         prefilling = [row for row in self._running if row.pending > 1 and not row.leader]
         wanted = sum(row.pending for row in prefilling)
-        room = min(slice_tokens, self._batch_tokens, wanted)
-        room = min(room, self._free_cells(room))
-        batch: list[tuple[_Row, int]] = []
-        # With one token pending and none cached it is a prompt of one token: it decodes.
-        for row in prefilling:
-            if room > 0:
-                batch.append((row, min(row.pending, room)))
-                room -= batch[-1][1]
+        room = min(slice_tokens, self._batch.size, wanted)
+        room = min(room, self._cells.room(room))
+        batch = self._slice(prefilling, room)
         if not batch:
             if prefilling:
                 self._preempt_youngest()
@@ -341,8 +353,8 @@ class GGUFBackend:
         start = time.perf_counter()
         while code := self._decode(batch):
             row, count = batch[0]
-            if code == llama.NO_SLOT and self._parked:
-                self._drop_oldest_parked()
+            if code == llama.NO_SLOT and self._cells.parked:
+                self._cells.drop_oldest()
             elif len(batch) > 1:
                 batch = batch[:1]
             elif code == llama.NO_SLOT and count > 1:
@@ -355,76 +367,77 @@ class GGUFBackend:
                 return
         llama_cpp.llama_synchronize(self._context)
         self._rate.measured(sum(count for _, count in batch), time.perf_counter() - start)
+        for row, _ in batch:
+            if row.cached in row.borders:
+                self._snapshots.keep(row.seq_id, row.tokens[: row.cached])
         self._sample(batch, events)
+        for row in self._running:
+            if (leader := row.leader) and leader.cached == row.share:
+                self._take(row, Prefix(row.share, leader.seq_id))
 
-    def _decode(self, batch: list[tuple[_Row, int]]) -> int:
-        """Compute so many tokens of each row; 0, or NO_SLOT or BAD_BATCH, which change nothing."""
-        native = self._batch
-        tokens, positions, outputs = native.token, native.pos, native.logits
-        i = 0
+    def _slice(self, prefilling: list[Row], room: int) -> list[tuple[Row, int]]:
+        """How many tokens of which prompts come next: those that fit in whole, shortest first, and
+        every other time the one that came first, whatever its length."""
+        order = prefilling
+        if not self._overtaken:
+            order = sorted(prefilling, key=lambda row: min(row.pending, room + 1))
+        batch: list[tuple[Row, int]] = []
+        for row in order:
+            stops = [other.share for other in self._running if other.leader is row] + row.borders
+            stop = min((stop for stop in stops if stop > row.cached), default=len(row.tokens))
+            if count := min(stop - row.cached, room):
+                batch.append((row, count))
+                room -= count
+        self._overtaken = bool(batch) and prefilling[0] is not batch[0][0]
+        return batch
+
+    def _decode(self, batch: list[tuple[Row, int]], guess: list[int] | None = None) -> int:
+        """Compute so many tokens of each row, and of a single row what is guessed to follow; 0, or
+        NO_SLOT or BAD_BATCH, which change nothing."""
+        self._batch.clear()
+        guess = guess or []
         for row, count in batch:
-            for position in range(row.cached, row.cached + count):
-                tokens[i] = row.tokens[position]
-                positions[i] = position
-                self._batch_seq_ids[i][0] = row.seq_id
-                outputs[i] = 0
-                i += 1
-            outputs[i - 1] = count == row.pending
-        native.n_tokens = i
-        llama.log.clear()
-        code: int = llama_cpp.llama_decode(self._context, native)
-        if code not in (0, llama.NO_SLOT, llama.BAD_BATCH):
-            raise BackendBroken(f"llama_decode returned {code}: {llama.errors()}")
+            tokens = row.tokens[row.cached : row.cached + count] + guess
+            self._batch.add(row.seq_id, row.cached, tokens)
+            if count == row.pending:
+                self._batch.want(1 + len(guess))
+        code = self._batch.decode()
         if code == 0:
             for row, count in batch:
+                self._cells.grow(row.seq_id, count + len(guess))
                 row.cached += count
         return code
 
-    def _sample(self, batch: list[tuple[_Row, int]], events: list[StepEvent]) -> None:
+    def _sample(self, batch: list[tuple[Row, int]], events: list[StepEvent]) -> None:
         """The next token of every row of the batch just computed that has no token pending."""
-        index = -1
+        place = -1
         for row, count in batch:
-            index += count
-            if row.pending:
-                continue
-            rows = [row, *self._fork(row)]
-            logprobs = self._constrain(rows, index)
-            for row, reported in zip(rows, logprobs, strict=True):
-                # This also makes the sampler accept the token.
-                token = llama_cpp.llama_sampler_sample(row.sampler, self._context, index)
-                row.tokens.append(token)
-                finish: Literal["stop", "length"] | None = None
-                if token in self.vocabulary.end:
-                    finish = "stop"
-                elif len(row.tokens) == row.end:
-                    finish = "length"
-                if constraint := row.sequence.constraint:
-                    constraint.accept(token)
-                if finish:
-                    self._release(row)
-                report = reported(token) if reported else None
-                events.append(TokenEvent(row.uid, token, finish, report))
+            place += count
+            if not row.pending and self._draw(row, place, events):
+                self._release(row)
 
-    def _fork(self, leader: _Row) -> list[_Row]:
-        """The rows that have waited for this one's cache, each with its copy."""
-        followers = [row for row in self._running if row.leader is leader]
-        if followers:
-            leader.shared = _Shared(leader.cached)
-        for row in followers:
-            llama_cpp.llama_memory_seq_cp(self._cache, leader.seq_id, row.seq_id, -1, -1)
-            row.cached, row.shared, row.leader = leader.cached, leader.shared, None
-        return followers
-
-    def _constrain(self, rows: list[_Row], index: int) -> list[Callable[[int], Logprobs] | None]:
-        """Leave in the logits of this place of the batch only what the rows' grammar allows; how
-        to look up their logprobs, which are those before."""
-        masks = [row.sequence.constraint and row.sequence.constraint.mask() for row in rows]
-        asking = [row.sequence.params.logprobs for row in rows]
-        if not any(masks) and all(k is None for k in asking):
-            return [None] * len(rows)
-        pointer = llama_cpp.llama_get_logits_ith(self._context, index)
-        logits = np.ctypeslib.as_array(pointer, (len(self.vocabulary.tokens),))
-        reports = [None if k is None else reporter(logits, k) for k in asking]
-        if masks[0]:  # the same for all: they have the same grammar, and nothing written yet
-            forbid(logits, masks[0])
-        return reports
+    def _draw(self, row: Row, place: int, events: list[StepEvent]) -> bool:
+        """The next token, from the logits at this place of the batch; whether it was the last."""
+        if not row.announced:
+            row.announced = True
+            events.append(Prefilled(row.uid, (row.hit or 0) if row.first else 0))
+        constraint, k = row.sequence.constraint, row.sequence.params.logprobs
+        mask, report = constraint and constraint.mask(), None
+        if mask or k is not None:
+            pointer = llama_cpp.llama_get_logits_ith(self._context, place)
+            logits = np.ctypeslib.as_array(pointer, (len(self.vocabulary.tokens),))
+            report = None if k is None else reporter(logits, k)
+            if mask:
+                forbid(logits, mask)
+        # This also makes the sampler accept the token.
+        token = llama_cpp.llama_sampler_sample(row.sampler, self._context, place)
+        row.tokens.append(token)
+        finish: Literal["stop", "length"] | None = None
+        if token in self.vocabulary.end:
+            finish = "stop"
+        elif len(row.tokens) == row.end:
+            finish = "length"
+        if constraint:
+            constraint.accept(token)
+        events.append(TokenEvent(row.uid, token, finish, report and report(token)))
+        return finish is not None

@@ -16,6 +16,7 @@ from ..errors import GenerationFailed, ModelLoadFailed
 from ..gguf_header import Header, read_header
 from . import (
     BackendBroken,
+    Feature,
     Memory,
     PrefillRate,
     Sequence,
@@ -37,6 +38,7 @@ memory grows with the square of the context: 240 MB for this one, 4.5 GB for 819
 class GGUFEmbedding:
     tool_parser: str | None = None
     chat_template: Template | None = None
+    features: frozenset[Feature] = frozenset()
 
     def __init__(self, path: Path, settings: EngineSettings) -> None:
         header = read_header(path, arrays=False)  # llama.cpp may abort on a malformed file
@@ -135,6 +137,9 @@ class GGUFEmbedding:
     def grant(self, kv_bytes: int) -> Memory:
         # llama.cpp has taken all it will ever take when it made the context.
         return Memory(self._engine_bytes, kv_bytes, kv_bytes)
+
+    def use(self, features: frozenset[Feature]) -> None:
+        pass
 
     def close(self) -> None:
         self._waiting.clear()

@@ -10,10 +10,14 @@ from pathlib import Path
 from typing import Any, Final
 
 import llama_cpp
+import numpy as np
+import numpy.typing as npt
 import psutil
 
 from ..errors import ModelLoadFailed
-from . import Vocabulary
+from . import BackendBroken, Vocabulary
+
+Ids = npt.NDArray[np.int32]
 
 ENGINE: Final = f"llama.cpp (llama-cpp-python {llama_cpp.__version__})"
 
@@ -58,12 +62,98 @@ def load_model(path: Path) -> Any:
     return model
 
 
+def by_cell(model: Any) -> bool:
+    """Its memory is by the cell: a sequence can be cut anywhere, and its id costs nothing."""
+    return not (
+        llama_cpp.llama_model_is_recurrent(model)
+        or llama_cpp.llama_model_is_hybrid(model)
+        or llama_cpp.llama_model_n_swa(model) > 0
+    )
+
+
 def buffer_bytes(model: Any) -> int:
     """What model and context have taken, right after both were made."""
     sizes = (re.search(r"buffer size =\s*([\d.]+) MiB", text) for _, text in log)
     logged = int(sum(float(size[1]) for size in sizes if size) * 2**20)
     weights: int = llama_cpp.llama_model_size(model)
     return max(logged, weights)
+
+
+def cell_bytes(cells: int) -> int:
+    """What a cell of the KV cache takes, right after its context was made."""
+    sizes = (re.search(r" KV buffer size =\s*([\d.]+) MiB", text) for _, text in log)
+    return max(1, int(sum(float(size[1]) for size in sizes if size) * 2**20) // cells)
+
+
+class Batch:
+    """Tokens for one call of llama.cpp."""
+
+    def __init__(self, context: Any) -> None:
+        self._context = context
+        self.size: int = llama_cpp.llama_n_batch(context)
+        self._native = llama_cpp.llama_batch_init(self.size, 0, 1)
+        for i in range(self.size):
+            self._native.n_seq_id[i] = 1
+        self._seq_ids = [self._native.seq_id[i] for i in range(self.size)]
+
+    def clear(self) -> None:
+        self._native.n_tokens = 0
+
+    def add(self, seq_id: int, position: int, tokens: list[int]) -> None:
+        native, first = self._native, self._native.n_tokens
+        for i, token in enumerate(tokens, first):
+            native.token[i] = token
+            native.pos[i] = position + i - first
+            self._seq_ids[i][0] = seq_id
+            native.logits[i] = 0
+        native.n_tokens += len(tokens)
+
+    def want(self, rows: int) -> None:
+        """Logits after each of the last so many tokens added."""
+        for i in range(self._native.n_tokens - rows, self._native.n_tokens):
+            self._native.logits[i] = 1
+
+    def decode(self) -> int:
+        """0, or NO_SLOT or BAD_BATCH, which change nothing.
+
+        Raises:
+            BackendBroken: anything else.
+        """
+        log.clear()
+        code: int = llama_cpp.llama_decode(self._context, self._native)
+        if code not in (0, NO_SLOT, BAD_BATCH):
+            raise BackendBroken(f"llama_decode returned {code}: {errors()}")
+        return code
+
+    def free(self) -> None:
+        llama_cpp.llama_batch_free(self._native)
+
+
+def state_bytes(context: Any, seq_id: int) -> int:
+    size: int = llama_cpp.llama_state_seq_get_size(context, seq_id)
+    return size
+
+
+def save(context: Any, seq_id: int, tokens: Ids, path: Path) -> None:
+    """Write a sequence's KV cache to a file.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    pointer = tokens.ctypes.data_as(llama_cpp.llama_token_p)
+    if not llama_cpp.llama_state_seq_save_file(
+        context, os.fsencode(path), seq_id, pointer, len(tokens)
+    ):
+        raise OSError(f"{path}: {errors()}")
+
+
+def restore(context: Any, path: Path, seq_id: int, tokens: int) -> bool:
+    """Whether the file was read into the sequence, which is empty if not."""
+    buffer, count = (ctypes.c_int32 * tokens)(), ctypes.c_size_t()
+    read: int = llama_cpp.llama_state_seq_load_file(
+        context, os.fsencode(path), seq_id, buffer, tokens, ctypes.byref(count)
+    )
+    return read > 0 and count.value == tokens
 
 
 def threads() -> int:

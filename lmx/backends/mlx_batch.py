@@ -1,162 +1,291 @@
-"""mlx-lm's continuous batching with a decode step of our own.
+"""The rows that decode together, on mlx-lm's models and KV caches: one forward pass and one sync a
+step, whatever their lengths and parameters.
 
-mlx-lm's step normalizes and keeps the whole distribution of every row, samples row by row unless
-all rows share one sampler, and asks for each row's grammar mask one after another with a sync each.
-Ours draws all rows together (`mlx_sampling.draw`), computes masks while the model runs, and keeps
-only what somebody asked for. In its batches `samplers` holds a `Drawing` a row.
+A step computes the next token of every row while the one before is read, so a row that ends has
+been computed once in vain. Each row's last prompt token is its first input.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from types import SimpleNamespace
-from typing import Any
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from itertools import combinations
+from typing import Any, Final
 
 import mlx.core as mx
-from mlx_lm.generate import (
-    BatchGenerator,
-    GenerationBatch,
-    PromptProcessingBatch,
-    StopSequences,
-    greedy_sampler,
-)
 from mlx_lm.models.cache import make_prompt_cache
 
-from .mlx_sampling import Drawing, Report, draw
+from . import Sequence
+from .mlx_cache import Cache, evaluate, extract, is_whole, merge, part, ragged
+from .mlx_sampling import Drawing, Report, Sampler, draw
+
+SHORT_CELLS: Final = 256
+"""Rows up to this length share a group whatever padding that takes: mlx-lm's caches grow by it."""
+MAX_PADDING: Final = 0.25
 
 
-class _Batch(GenerationBatch):  # type: ignore[misc]
-    _next_tokens: mx.array
-    _next_logprobs: list[tuple[Report, int] | None]
+@dataclass(slots=True, eq=False)
+class Row:
+    """A sequence with what it needs to be put back after the batch was lost."""
 
-    def _step(self) -> tuple[list[int], list[tuple[Report, int] | None]]:
-        """One token for every row; returns those of the step before, which are ready."""
-        inputs, reports = self._next_tokens, self._next_logprobs
-        self._current_tokens, self._current_logprobs = inputs, reports
-        logits = self.model(inputs[:, None], cache=self.prompt_cache)[:, -1, :]
-        self._next_tokens, self._next_logprobs, unread = draw(logits, self.samplers, inputs)
-        mx.async_eval(self._next_tokens, unread)  # type: ignore[no-untyped-call]
-        tokens: Any = inputs.tolist()
-        for cached, token in zip(self.tokens, tokens, strict=True):
-            cached.append(token)
-        return tokens, reports
+    sequence: Sequence
+    sampler: Sampler
+    answer: list[int] = field(default_factory=list)
+    drawing: Drawing | None = None
+    """Once it is in the batch."""
+    cells: int = 0
+    """Tokens in its KV cache."""
+    read: bool = False
+    """Its next input is a token it has drawn, and not its prompt's last."""
+    announced: bool = False
+    """Its `Prefilled` was sent."""
 
-    def extract_cache(self, idx: int) -> list[Any]:
-        return []  # asked for whenever a row ends, and used by nobody
+    def draw(self) -> None:
+        """Make it draw on from where it is."""
+        s = self.sequence
+        self.drawing = Drawing(self.sampler, s.params, s.prompt, self.answer, s.constraint)
+        self.read = False
 
+    @property
+    def uid(self) -> int:
+        return self.sequence.uid
 
-class _Prompts(PromptProcessingBatch):  # type: ignore[misc]
-    uids: list[int]
-    prompt_cache: list[Any]
-    tokens: list[list[int]]
-    samplers: list[Drawing]
-    logits_processors: list[Any]
-    stop_sequences: list[StopSequences]
-    max_tokens: list[int]
+    @property
+    def length(self) -> int:
+        return len(self.sequence.prompt) + len(self.answer)
 
-    def generate(self, tokens: list[list[int]]) -> _Batch:
-        """From here on rows decode; those that share a prompt get their copies of its cache."""
-        if any(len(t) > 1 for t in tokens):
-            self.prompt([t[:-1] for t in tokens])
-        keep = list(range(len(self.uids)))
-        for i, leader in enumerate(list(self.samplers)):
-            for uid, follower, max_tokens in leader.followers:
-                keep.append(i)
-                self.uids.append(uid)
-                self.samplers.append(follower)
-                self.max_tokens.append(max_tokens)
-            leader.followers = []
-        if len(keep) > len(tokens):
-            for cache in self.prompt_cache:
-                cache.filter(keep)
-        batch = _Batch(
-            self.model,
-            self.uids,
-            mx.array([tokens[i][-1] for i in keep]),
-            self.prompt_cache,
-            [list(self.tokens[i]) for i in keep],
-            self.samplers,
-            self.fallback_sampler,
-            [()] * len(keep),
-            [self.stop_sequences[i] for i in keep],
-            self.max_tokens,
-        )
-        self.uids, self.prompt_cache, self.tokens, self.samplers = [], [], [], []
-        self.logits_processors, self.stop_sequences, self.max_tokens = [], [], []
-        return batch
+    @property
+    def tokens(self) -> list[int]:
+        return self.sequence.prompt + self.answer
 
 
-class Batches(BatchGenerator):  # type: ignore[misc]
-    """`insert` takes `Drawing`s for samplers."""
+@dataclass(slots=True, eq=False)
+class Prompt:
+    """A row before it joins: all its tokens but the last are prefilled."""
 
-    def __init__(self, model: Any, **settings: Any) -> None:
-        super().__init__(model, **settings)
-        self._prompt_batch = _Prompts.empty(model, self.sampler, self.prefill_step_size)
-        self._generation_batch = _Batch.empty(model, self.sampler)
+    row: Row
+    followers: list[Row] = field(default_factory=list)
+    """Rows with the same prompt, which begin with copies of its cache."""
+    cache: Cache | None = None
+    """None: not begun."""
+    done: int = 0
+    """Tokens in the cache, or that the prefix cache was seen to have."""
+    cached: int = 0
+    """Those of them that came from there."""
+    stops: list[int] = field(default_factory=list)
+    """Where it will be kept as a prefix; the last is its end."""
+    behind: Prompt | None = None
+    """It waits for what that one is computing for both."""
 
-    def new_uid(self) -> int:
-        """For a follower, which comes into being when its leader's prompt is done."""
-        self._uid_count += 1
-        uid: int = self._uid_count - 1
-        return uid
+    @property
+    def rows(self) -> list[Row]:
+        return [self.row, *self.followers]
+
+    @property
+    def left(self) -> int:
+        return self.row.length - 1 - self.done
 
 
-class OneAtATime:
-    """What is used here of `Batches`, for a KV cache that mlx-lm cannot merge: llama4's, say.
+Drawn = tuple[Row, int, tuple[Report, int] | None]
+"""A row's token, and how to look up its log-probabilities."""
 
-    It merges even the cache of a single sequence. Here the whole prompt is prefilled in one step,
-    which holds up nobody else.
-    """
 
-    def __init__(self, model: Any, stop_tokens: list[list[int]], prefill_step_size: int) -> None:
+@dataclass(slots=True)
+class _Group:
+    rows: list[Row]
+    cache: Cache
+    """Merged, unless there is one row only: mlx-lm is faster with a cache that has no padding."""
+
+    @property
+    def lengths(self) -> list[int]:
+        return [row.cells for row in self.rows]
+
+    def add(self, rows: list[Row], cache: Cache) -> None:
+        """Rows and their merged cache."""
+        if len(self.rows) == 1:
+            self.cache = merge([self.cache])
+        for mine, theirs in zip(self.cache, cache, strict=True):
+            mine.extend(theirs)
+        self.rows += rows
+
+    def keep(self, rows: list[int]) -> None:
+        if len(rows) == len(self.rows):
+            return
+        if len(rows) == 1:
+            self.cache = extract(self.cache, rows[0])
+        else:
+            for layer in self.cache:
+                layer.filter(rows)
+        self.rows = [self.rows[n] for n in rows]
+
+
+def fit(lengths: Collection[int]) -> bool:
+    """Whether rows of these lengths may be padded to the longest."""
+    longest = max(lengths)
+    return longest <= SHORT_CELLS or sum(lengths) >= (1 - MAX_PADDING) * len(lengths) * longest
+
+
+def place(groups: list[list[int]], length: int, *, split: bool) -> None:
+    """Add the length to the group where it takes the least padding, or to a new one."""
+    fitting = [g for g in groups if not split or fit([*g, length])]
+    if fitting:
+        min(fitting, key=lambda g: abs(max(g) - length)).append(length)
+    else:
+        groups.append([length])
+
+
+class Batch:
+    def __init__(self, model: Any, *, split: bool) -> None:
+        """`split` keeps rows of different length in groups; without, they are padded."""
         self._model = model
-        self._stop = StopSequences(stop_tokens)
-        self._prefill_tokens = prefill_step_size
-        self.prefill_step_size = prefill_step_size  # set like that of `Batches`, and not used
-        self._uid = 0
-        self._new: tuple[list[int], int, Drawing] | None = None
-        self._batch: _Batch | None = None
+        self._split = split
+        self._whole = is_whole(make_prompt_cache(model))
+        self._groups: list[_Group] = []
+        self.rows: list[Row] = []
+        """Group by group."""
+        self._inputs = mx.array([], dtype=mx.uint32)
+        self._reports: list[tuple[Report, int] | None] = []
 
-    def insert(
-        self, prompts: list[list[int]], max_tokens: list[int], samplers: list[Drawing]
-    ) -> list[int]:
-        self._uid += 1
-        self._new = prompts[0], max_tokens[0], samplers[0]
-        return [self._uid]
+    @property
+    def groups(self) -> list[list[Row]]:
+        return [group.rows for group in self._groups]
 
-    def next(self) -> tuple[list[Any], list[Any]]:
-        if self._new:
-            self._batch = self._prefill(*self._new)
-            self._new = None
-            return [SimpleNamespace(uid=self._uid, end_of_prompt=True)], []
-        return [], self._batch.next() if self._batch else []
+    def padding(self) -> float:
+        """The share of the cells that holds nothing."""
+        lengths = [group.lengths for group in self._groups]
+        cells = sum(len(group) * max(group) for group in lengths)
+        return 1 - sum(map(sum, lengths)) / cells if cells else 0.0
 
-    def _prefill(self, prompt: list[int], max_tokens: int, drawing: Drawing) -> _Batch:
-        cache = make_prompt_cache(self._model)
-        for at in range(0, len(prompt) - 1, self._prefill_tokens):
-            part = prompt[at : min(at + self._prefill_tokens, len(prompt) - 1)]
-            self._model(mx.array([part]), cache=cache)
-            mx.eval([c.state for c in cache])
-        return _Batch(
-            self._model,
-            [self._uid],
-            mx.array(prompt[-1:]),
-            cache,
-            [[]],
-            [drawing],
-            greedy_sampler,
-            [()],
-            [self._stop],
-            [max_tokens],
-        )
+    def join(self, newcomers: list[tuple[Row, Cache]]) -> None:
+        """Rows whose cache holds all their tokens but the last."""
+        for row, cache in newcomers:
+            lengths = [group.lengths for group in self._groups]
+            place(lengths, row.cells, split=self._split)
+            if len(lengths) > len(self._groups):
+                self._groups.append(_Group([row], cache))
+                continue
+            for group, now in zip(self._groups, lengths, strict=True):
+                if len(now) > len(group.rows):
+                    group.add([row], merge([cache]))
+        self._unite()
+        self._reorder({row: row.tokens[-1] for row, _ in newcomers})
 
-    @contextmanager
-    def stats(self) -> Iterator[Any]:
-        yield SimpleNamespace(prompt_tokens=0, prompt_time=0.0)
+    def _unite(self) -> None:
+        """Rows of different groups have grown, and lengths that differed once are alike now."""
+        for one, other in combinations(list(self._groups), 2):
+            united = self._groups.count(one) and self._groups.count(other)
+            if united and self._split and fit(one.lengths + other.lengths):
+                one.add(other.rows, other.cache if len(other.rows) > 1 else merge([other.cache]))
+                self._groups.remove(other)
 
-    def remove(self, uids: list[int]) -> None:
-        self._new = self._batch = None  # and with it the KV cache
+    def leave(self, gone: Collection[Row]) -> None:
+        for group in self._groups:
+            keep = [n for n, row in enumerate(group.rows) if row not in gone]
+            if keep:
+                group.keep(keep)
+            else:
+                group.rows = []
+        self._groups = [group for group in self._groups if group.rows]
+        self._reorder({})
 
-    def close(self) -> None:
-        self.remove([])
+    def _reorder(self, tokens: dict[Row, int]) -> None:
+        """After the groups have changed; with the input of each new row."""
+        rows = [row for group in self._groups for row in group.rows]
+        before = {row: n for n, row in enumerate([*self.rows, *tokens])}
+        inputs = mx.concatenate([self._inputs, mx.array(list(tokens.values()), dtype=mx.uint32)])
+        reports = [*self._reports, *([None] * len(tokens))]
+        order = [before[row] for row in rows]
+        self.rows = rows
+        self._inputs = inputs[mx.array(order, dtype=mx.uint32)]
+        self._reports = [reports[n] for n in order]
+
+    def cache(self, row: Row) -> tuple[Cache, int]:
+        """A row's part, to be read and not changed, and how many cells of padding come before."""
+        group = next(group for group in self._groups if row in group.rows)
+        if len(group.rows) == 1:
+            return group.cache, 0
+        at = group.rows.index(row)
+        if self._whole:
+            return part(group.cache, at), max(group.lengths) - row.cells
+        return extract(group.cache, at), 0
+
+    def step(self) -> list[Drawn]:
+        """Compute a token for every row; those of the step before, with how to look up their
+        log-probabilities."""
+        inputs, reports = self._inputs, self._reports
+        if len(self._groups) == 1:
+            cache = self._groups[0].cache
+        else:
+            cache = ragged([g.cache for g in self._groups], [len(g.rows) for g in self._groups])
+        logits = self._model(inputs[:, None], cache=cache)[:, -1, :]
+        drawings = [row.drawing for row in self.rows if row.drawing]
+        self._inputs, self._reports, unread = draw(logits, drawings, inputs)
+        mx.async_eval(self._inputs, unread)  # type: ignore[no-untyped-call]
+        tokens: Any = inputs.tolist()
+        drawn: list[Drawn] = []
+        for row, token, report in zip(self.rows, tokens, reports, strict=True):
+            row.cells += 1
+            if row.read:
+                drawn.append((row, token, report))
+            row.read = True
+        return drawn
+
+    @property
+    def alone(self) -> Row | None:
+        """The only row, if it can be guessed for: its cache can be cut, and how it draws depends
+        on nothing but the logits."""
+        if len(self.rows) != 1 or not self._whole:
+            return None
+        [row] = self.rows
+        return row if row.read and row.drawing and row.drawing.free else None
+
+    def peek(self) -> int:
+        """The only row's next input."""
+        token: int = self._inputs.item()  # type: ignore[assignment]
+        return token
+
+    def verify(self, guess: list[int]) -> list[int]:
+        """The only row's next tokens: its input, and what follows of the guess for as long as the
+        model draws the same.
+
+        Drawing from the model at every place and keeping what agrees is exact for any way to draw:
+        a token of the answer is always one drawn from the logits of the tokens before it.
+        """
+        [row] = self.rows
+        [group] = self._groups
+        tokens = [self.peek(), *guess]
+        logits = self._model(mx.array([tokens]), cache=group.cache)[0]
+        assert row.drawing
+        drawn: Any = row.drawing.sampler.each(logits).tolist()
+        right = 0
+        while right < len(guess) and drawn[right] == guess[right]:
+            right += 1
+        for layer in group.cache:
+            layer.trim(len(guess) - right)
+        row.cells += right + 1
+        row.drawing.sampler.drawn += right + 1
+        self._inputs = mx.array(drawn[right : right + 1], dtype=mx.uint32)
+        return tokens[: right + 1]
+
+
+def prefill(model: Any, cache: Cache, tokens: list[int]) -> None:
+    model(mx.array([tokens]), cache=cache)
+    evaluate(cache)
+
+
+def prefill_together(model: Any, caches: list[Cache], prompts: list[list[int]]) -> list[Cache]:
+    """Their caches with the prompts, which differ in length, added."""
+    lengths = [len(prompt) for prompt in prompts]
+    longest = max(lengths)
+    padding = [longest - length for length in lengths]
+    merged = merge(caches)
+    if any(padding):
+        for layer in merged:
+            layer.prepare(lengths=lengths, right_padding=padding)
+    padded = [p + [0] * n for p, n in zip(prompts, padding, strict=True)]
+    model(mx.array(padded), cache=merged)
+    if any(padding):
+        for layer in merged:
+            layer.finalize()
+    evaluate(merged)
+    return [extract(merged, n) for n in range(len(caches))]

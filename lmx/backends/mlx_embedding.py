@@ -23,6 +23,7 @@ from ..errors import GenerationFailed, ModelLoadFailed
 from ..mlx_folder import Folder, read_folder
 from . import (
     BackendBroken,
+    Feature,
     Memory,
     PrefillRate,
     Sequence,
@@ -45,6 +46,7 @@ LOOK_AHEAD: Final = 2048
 class MLXEmbedding:
     tool_parser: str | None = None
     chat_template: Template | None = None
+    features: frozenset[Feature] = frozenset()
 
     def __init__(self, path: Path, settings: EngineSettings) -> None:
         mx.set_cache_limit(min(settings.mlx_cache_bytes, CACHE_BYTES))
@@ -139,6 +141,9 @@ class MLXEmbedding:
         held = max(held, mx.get_peak_memory())
         mx.reset_peak_memory()
         return Memory(held, 0, 0)  # there is no KV cache
+
+    def use(self, features: frozenset[Feature]) -> None:
+        pass
 
     def close(self) -> None:
         self._waiting.clear()

@@ -52,6 +52,16 @@ class Sampler:
             return drawn
         return mx.take_along_axis(ids, drawn[:, None], axis=-1)[:, 0]
 
+    def each(self, logits: mx.array) -> mx.array:
+        """Of one row's next places [places, vocabulary]: as if they were drawn one by one, without
+        counting them as drawn."""
+        if self._seed is None:
+            return self(logits)
+        before = self.drawn
+        drawn = [self(logits[i : i + 1]) for i in range(logits.shape[0])]
+        self.drawn = before
+        return mx.concatenate(drawn)
+
     def _key(self) -> mx.array | None:
         if self._seed is None:
             return None
@@ -137,8 +147,6 @@ class Drawing:
             constraint.restart(answer)
         self.sampler = sampler
         self.logprobs = params.logprobs
-        self.followers: list[tuple[int, Drawing, int]] = []
-        """uid, row and max_tokens of each of those that share this one's prompt."""
         self._constraint = constraint
         self._adjustments = Adjustments(params, prompt, answer) if adjusts(params) else None
         self._started = False
@@ -146,6 +154,11 @@ class Drawing:
     @property
     def constrained(self) -> bool:
         return self._constraint is not None
+
+    @property
+    def free(self) -> bool:
+        """What it draws depends on nothing but the logits, and nobody asks for those."""
+        return not (self.constrained or self.adjusted) and self.logprobs is None
 
     @property
     def adjusted(self) -> bool:

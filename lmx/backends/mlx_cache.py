@@ -1,0 +1,232 @@
+"""mlx-lm's KV caches: of one sequence, of several, of several that differ much in length.
+
+mlx-lm keeps a batch as one block padded to the longest row. Here rows are kept in groups of about
+equal length, and a forward pass over several groups sees `Ragged` caches: its matrix products are
+of all rows together, only attention is computed group by group.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import mlx.core as mx
+from mlx.utils import tree_map
+from mlx_lm.models import base
+from mlx_lm.models.cache import BatchKVCache, CacheList, KVCache, make_prompt_cache
+
+from ..kv_cache import STEP_TOKENS
+
+Cache = list[Any]
+"""By layer: of one sequence as `make_prompt_cache` makes it, or merged of several."""
+Piece = list[tuple[mx.array, mx.array]]
+"""K and V [1, heads, tokens, size] of a run of tokens, of each layer that keeps every token."""
+State = list[Any]
+"""The caches of the other layers (recurrent, sliding windows), good at one position only."""
+
+
+def _leaves(cache: Iterable[Any]) -> Iterator[Any]:
+    for layer in cache:
+        if isinstance(layer, CacheList):
+            yield from _leaves(layer.caches)
+        else:
+            yield layer
+
+
+def can_merge(cache: Cache) -> bool:
+    return all(hasattr(leaf, "merge") for leaf in _leaves(cache))
+
+
+def is_whole(cache: Cache) -> bool:
+    """Every layer keeps every token: the cache can be cut at any."""
+    return all(type(leaf) is KVCache for leaf in _leaves(cache))
+
+
+def evaluate(cache: Cache) -> None:
+    mx.eval([leaf.state for leaf in _leaves(cache)])
+
+
+def piece(cache: Cache, start: int, end: int) -> Piece:
+    """What a sequence's cache holds of these tokens."""
+    kept = (leaf for leaf in _leaves(cache) if type(leaf) is KVCache)
+    return cut([(leaf.keys, leaf.values) for leaf in kept] if end > start else [], start, end)
+
+
+def cut(piece: Piece, start: int, end: int) -> Piece:
+    # Evaluated, or it would keep alive what it was cut from: the cache of a whole batch.
+    part = [tuple(mx.contiguous(a[:, :, start:end]) for a in pair) for pair in piece]
+    mx.eval(part)
+    return part  # type: ignore[return-value]
+
+
+def piece_bytes(piece: Piece) -> int:
+    return sum(k.nbytes + v.nbytes for k, v in piece)
+
+
+def state(cache: Cache) -> State:
+    """A copy, which the sequence's going on does not change."""
+    copies = [_copy(leaf) for leaf in _leaves(cache) if type(leaf) is not KVCache]
+    evaluate(copies)
+    return copies
+
+
+def _copy(leaf: Any) -> Any:
+    new = copy.copy(leaf)
+    new.state = tree_map(lambda x: mx.contiguous(x) if isinstance(x, mx.array) else x, leaf.state)
+    return new
+
+
+def state_bytes(state: State) -> int:
+    return sum(leaf.nbytes for leaf in state)
+
+
+def restored(model: Any, pieces: Sequence[tuple[Piece, int]], state: State | None) -> Cache:
+    """A sequence's cache from the first so many tokens of each piece, and the state behind them."""
+    cache: Cache = make_prompt_cache(model)
+    states = iter(state or ())
+    number = 0
+    for leaf in _leaves(cache):
+        if type(leaf) is not KVCache:
+            if state is not None:
+                leaf.state = _copy(next(states)).state
+            continue
+        parts = [[a[:, :, :n] for a in piece[number]] for piece, n in pieces if n]
+        if parts:
+            leaf.keys = mx.concatenate([keys for keys, _ in parts], axis=2)
+            leaf.values = mx.concatenate([values for _, values in parts], axis=2)
+            leaf.offset = leaf.keys.shape[2]
+        number += 1
+    return _with_room(cache)
+
+
+def merge(caches: list[Cache]) -> Cache:
+    return _with_room([layers[0].merge(list(layers)) for layers in zip(*caches, strict=True)])
+
+
+def extract(cache: Cache, row: int) -> Cache:
+    """A copy of one row of a merged cache."""
+    return _with_room([layer.extract(row) for layer in cache])
+
+
+def _with_room(cache: Cache) -> Cache:
+    """In whole steps, as mlx-lm grows them: the next token would only copy them again, and then
+    they would take more than was counted."""
+    for leaf in _leaves(cache):
+        if type(leaf) in (KVCache, BatchKVCache) and leaf.keys is not None:
+            spare = STEP_TOKENS - leaf.keys.shape[2] % STEP_TOKENS
+            width = [(0, 0), (0, 0), (0, spare), (0, 0)]
+            leaf.keys, leaf.values = mx.pad(leaf.keys, width), mx.pad(leaf.values, width)
+    return cache
+
+
+def part(cache: Cache, row: int) -> Cache:
+    """One row of a merged cache, padding included, of a model whose layers keep every token."""
+    return [_part(layer, row) for layer in cache]
+
+
+def _part(layer: Any, row: int) -> Any:
+    if isinstance(layer, CacheList):
+        return CacheList(*part(layer.caches, row))
+    alone = KVCache()
+    alone.keys, alone.values = layer.keys[row : row + 1], layer.values[row : row + 1]
+    return alone
+
+
+class Parts(list[Any]):
+    """Arrays of the groups of one ragged batch, in their order."""
+
+
+class _RaggedKV:
+    """One layer of several groups, for a step of one token a row."""
+
+    def __init__(self, layers: Sequence[Any], sizes: Sequence[int]) -> None:
+        self._layers = layers
+        self._ends = [sum(sizes[: n + 1]) for n in range(len(sizes))]
+        self.offset = mx.concatenate([_per_row(layer.offset) for layer in layers])
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Parts, Parts]:
+        pairs = zip(mx.split(keys, self._ends[:-1]), mx.split(values, self._ends[:-1]), strict=True)
+        fetched = [
+            layer.update_and_fetch(k, v) for layer, (k, v) in zip(self._layers, pairs, strict=True)
+        ]
+        return Parts(k for k, _ in fetched), Parts(v for _, v in fetched)
+
+    def make_mask(self, *args: Any, **kwargs: Any) -> Parts:
+        return Parts(layer.make_mask(*args, **kwargs) for layer in self._layers)
+
+
+class _RaggedState:
+    """The same of mlx-lm's ArraysCache."""
+
+    lengths = left_padding = None
+
+    def __init__(self, layers: Sequence[Any], sizes: Sequence[int]) -> None:
+        self._layers = layers
+        self._sizes = sizes
+
+    def __getitem__(self, index: int) -> mx.array | None:
+        parts = [layer[index] for layer in self._layers]
+        known = next((part for part in parts if part is not None), None)
+        if known is None:  # prompts of one token, all of them
+            return None
+        for n, part in enumerate(parts):
+            if part is None:
+                parts[n] = mx.zeros((self._sizes[n], *known.shape[1:]), known.dtype)
+        return mx.concatenate(parts)
+
+    def __setitem__(self, index: int, value: mx.array) -> None:
+        ends = [sum(self._sizes[: n + 1]) for n in range(len(self._sizes) - 1)]
+        for layer, part in zip(self._layers, mx.split(value, ends), strict=True):
+            layer[index] = part
+
+    def make_mask(self, length: int) -> None:
+        return None
+
+    def advance(self, tokens: int) -> None:
+        pass
+
+
+def _per_row(offset: mx.array | int) -> mx.array:
+    return mx.array([offset]) if isinstance(offset, int) else offset
+
+
+def ragged(groups: Sequence[Cache], sizes: Sequence[int]) -> Cache:
+    """The caches of groups of so many rows as one, for a step."""
+    return [_ragged(layers, sizes) for layers in zip(*groups, strict=True)]
+
+
+def _ragged(layers: Sequence[Any], sizes: Sequence[int]) -> Any:
+    if isinstance(layers[0], CacheList):
+        return CacheList(*ragged([layer.caches for layer in layers], sizes))
+    if hasattr(layers[0], "update_and_fetch"):
+        return _RaggedKV(layers, sizes)
+    return _RaggedState(layers, sizes)
+
+
+_attention: Callable[..., mx.array] = base.scaled_dot_product_attention
+
+
+def _ragged_attention(
+    queries: mx.array,
+    keys: Any,
+    values: Any,
+    cache: Any,
+    scale: float,
+    mask: Any,
+    sinks: Any = None,
+) -> mx.array:
+    if not isinstance(keys, Parts):
+        return _attention(queries, keys, values, cache, scale, mask, sinks)
+    masks = mask if isinstance(mask, Parts) else [mask] * len(keys)
+    outputs, start = [], 0
+    for k, v, m in zip(keys, values, masks, strict=True):
+        rows = queries[start : start + k.shape[0]]
+        outputs.append(_attention(rows, k, v, None, scale, m, sinks))
+        start += k.shape[0]
+    return mx.concatenate(outputs)
+
+
+# mlx-lm's models take this function from here when they are imported, which `load_model` does.
+# Those that attend by other means cannot run ragged; the test at load finds that out.
+base.scaled_dot_product_attention = _ragged_attention
