@@ -21,12 +21,15 @@ LAYERS = """
     hub embedders tool_calls
     staging tool_parsers output
     chat_template
-    backends
-    model_roots dialect grammars
+    backends backends.prefix_tree backends.lookup backends.borders
+    model_roots dialect grammars prefix_folder selftest
     constraints gguf_tokenizer catalog backends.llama backends.mlx_sampling backends.gguf_sampling
-    answer convert backends.mlx_batch backends.mlx_bert
-    prompt backends.mlx backends.gguf backends.mlx_embedding backends.gguf_embedding
-    runner memory
+    backends.mlx_cache backends.mlx_model backends.gguf_model backends.gguf_snapshots
+    answer convert backends.mlx_batch backends.mlx_bert backends.mlx_prefix
+    backends.gguf_cells backends.gguf_rows
+    prompt backends.gguf_draft backends.mlx_draft
+    backends.mlx backends.gguf backends.mlx_embedding backends.gguf_embedding
+    runner memory loading
     inference schema
     chat_schema completions_schema
     openai_answers
@@ -36,6 +39,10 @@ LAYERS = """
     endpoint
     openai_api anthropic_api lmstudio_api admin_api access openapi
     app
+    bench_client
+    bench_scenarios
+    bench
+    bench_engine
     __main__
 """  # lowest first; a module imports only from lines above its own
 LEVEL = {m: n for n, line in enumerate(LAYERS.strip().splitlines()) for m in line.split()}
@@ -46,19 +53,13 @@ LAZY = {
 }
 """(module, function, import) that may point up: the choice of the engine."""
 
-MLX = {
-    "backends.mlx",
-    "backends.mlx_batch",
-    "backends.mlx_sampling",
-    "backends.mlx_embedding",
-    "backends.mlx_bert",
-}
-LLAMA = {"backends.llama", "backends.gguf", "backends.gguf_sampling", "backends.gguf_embedding"}
+MLX = {module for module in LEVEL if module.startswith("backends.mlx")}
+LLAMA = {"backends.llama"} | {module for module in LEVEL if module.startswith("backends.gguf")}
 ALLOWED = {
     "mlx": {*MLX, "convert"},
     "mlx_lm": {*MLX, "convert"},
-    "tokenizers": {"backends.mlx", "backends.mlx_embedding", "convert", "gguf_tokenizer"},
-    "transformers": {"backends.mlx", "convert"},
+    "tokenizers": {"backends.mlx_model", "backends.mlx_embedding", "convert", "gguf_tokenizer"},
+    "transformers": {"backends.mlx_model", "convert"},
     "llama_cpp": LLAMA,
     "numpy": {*LLAMA, *MLX, "convert"},
     "llguidance": {"constraints", "grammars"},
