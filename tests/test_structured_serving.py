@@ -180,8 +180,18 @@ async def chat(
         assert call.pop("id")
         call.pop("index", None)
         call["function"].pop("parsed_arguments", None)
-    message["logprobs"] = choice.logprobs and choice.logprobs.model_dump()
+    message["logprobs"] = choice.logprobs and nearly(choice.logprobs.model_dump())
     return {"content": None, **message}, choice.finish_reason
+
+
+def nearly(value: Any) -> Any:
+    """Equal to what differs by rounding: the second prompt is found cached, all but its last token,
+    and one row is summed by another kernel than many."""
+    if isinstance(value, dict):
+        return {key: nearly(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [nearly(inner) for inner in value]
+    return pytest.approx(value, abs=1e-4) if isinstance(value, float) else value
 
 
 async def put_together(client: AsyncOpenAI, body: dict[str, Any]) -> Any:
