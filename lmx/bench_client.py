@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -180,6 +181,42 @@ class _Chunk(msgspec.Struct):
 _chunk = msgspec.json.Decoder(_Chunk)
 
 
+class _Arrivals(asyncio.Protocol):
+    """What a connection brings, and when."""
+
+    def __init__(self) -> None:
+        self._pieces: deque[tuple[bytes, float]] = deque()
+        self._error: Exception | None = None
+        self._changed, self._ended = asyncio.Event(), asyncio.Event()
+
+    def data_received(self, data: bytes) -> None:
+        self._pieces.append((data, time.monotonic()))
+        self._changed.set()
+        if data.endswith(b"0\r\n\r\n"):
+            self._ended.set()  # probably; not every server closes the connection then
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._error = error
+        self._pieces.append((b"", time.monotonic()))
+        self._changed.set()
+        self._ended.set()
+
+    async def next(self, *, wait_for_all: bool) -> tuple[bytes, float]:
+        """
+        Raises:
+            OSError: the connection is broken.
+        """
+        if wait_for_all:
+            await self._ended.wait()
+        while not self._pieces:
+            self._changed.clear()
+            await self._changed.wait()
+        data, now = self._pieces.popleft()
+        if not data and self._error:
+            raise self._error
+        return data, now
+
+
 class Server:
     """Any that speaks OpenAI's API, by its URL with or without the /v1."""
 
@@ -220,7 +257,9 @@ class Server:
                     exchange.text += text
 
         exchange.sent = time.monotonic()
-        await self._request("POST /v1/chat/completions", msgspec.json.encode(body), take)
+        await self._request(
+            "POST /v1/chat/completions", msgspec.json.encode(body), take, exchange.running
+        )
         if not finished:
             raise self._failed("the stream ended before the answer")
         exchange.tokens, exchange.counted = len(exchange.arrivals), usage is not None
@@ -246,31 +285,43 @@ class Server:
             return spent(self._process) if self._process else None
         return None
 
-    async def _request(self, what: str, body: bytes, take: Callable[[bytes, float], None]) -> None:
-        """`take` gets each event's data and when it came."""
+    async def _request(
+        self,
+        what: str,
+        body: bytes,
+        take: Callable[[bytes, float], None],
+        running: asyncio.Event | None = None,
+    ) -> None:
+        """`take` gets each event's data and when it came: at once until `running` is set, and the
+        others at the end, because looking at them takes time from what is measured."""
         head = (
             f"{what.replace(' ', f' {self._path}')} HTTP/1.1\r\nHost: {self._host}:{self._port}\r\n"
             f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n"
             "Accept: text/event-stream, application/json\r\nConnection: close\r\n\r\n"
         )
         response = ResponseReader()
+
+        def look(data: bytes, now: float) -> None:
+            for event in response.feed(data):
+                if response.status != 200:
+                    said = event.decode(errors="replace")[:2000]
+                    raise ValueError(f"HTTP status {response.status}: {said}")
+                take(event, now)
+
+        arrivals = _Arrivals()
         try:
             async with asyncio.timeout(REQUEST_SECONDS):
-                reader, writer = await asyncio.open_connection(
-                    self._host, self._port, ssl=self._tls or None
+                loop = asyncio.get_running_loop()
+                transport, _ = await loop.create_connection(
+                    lambda: arrivals, self._host, self._port, ssl=self._tls or None
                 )
                 try:
-                    writer.write(head.encode() + body)
+                    transport.write(head.encode() + body)
                     while not response.ended:
-                        data = await reader.read(65536)
-                        now = time.monotonic()
-                        for event in response.feed(data):
-                            if response.status != 200:
-                                said = event.decode(errors="replace")[:2000]
-                                raise ValueError(f"HTTP status {response.status}: {said}")
-                            take(event, now)
+                        later = running is not None and running.is_set()
+                        look(*await arrivals.next(wait_for_all=later))
                 finally:
-                    writer.close()
+                    transport.close()
         except TimeoutError:
             raise self._failed(f"no answer in {REQUEST_SECONDS:.0f} s") from None
         except (OSError, ValueError) as error:  # msgspec's errors are ValueErrors

@@ -119,7 +119,7 @@ class PrefixFolder:
     def _intact(self, stem: str) -> bool:
         """Whether it is what was written. If so, it counts as used."""
         tokens, sha256 = self._stored[stem]
-        with suppress(FileNotFoundError):
+        with suppress(OSError):  # gone, or nothing that can be read
             if _sha256(self._path(stem), tokens) == sha256:
                 os.utime(self._path(stem))
                 return True

@@ -19,10 +19,13 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from lmx.backends import llama
+from lmx.backends import Sequence, TokenEvent, llama
+from lmx.backends.gguf import GGUFBackend
 from lmx.backends.gguf_cells import CHUNK, LEAST, Cells, common
+from lmx.config import EngineSettings
+from lmx.generation import SamplingParams
 
-from .models import tiny_gguf
+from .models import PLENTY, tiny_gguf
 
 SIZE = 1024
 IDS = 6
@@ -235,6 +238,33 @@ def test_the_oldest_gives_its_end_first(context: _Context) -> None:
     assert len(cells.parked[long]) == 500 and len(cells.parked[short]) == 500 - CHUNK
     assert cells.room(SIZE - 500) == SIZE - 500 and list(cells.parked) == [long]
     cells.drop_parked()
+
+
+def test_what_was_shared_is_not_taken_for_free(context: _Context) -> None:
+    """The newest cells go at once, unless another that had them too has gone before."""
+    llama_cpp.llama_memory_clear(context.cache, False)
+    cells = Cells(context.context, SIZE, IDS, SIZE, ordered=True)
+    stays, leader, follower = (cells.take() for _ in range(3))
+    for seq_id, length in ((stays, 100), (leader, 200)):
+        assert context.decode(seq_id, 0, [5] * length) == 0
+        cells.grow(seq_id, length)
+    cells.copy(leader, follower, 200)
+    cells.release(follower)
+    cells.release(leader)
+    room = cells.room(SIZE)
+    assert room == SIZE - 100 and context.decode(stays, 100, [5] * room) == 0
+    cells.release(stays)
+
+
+def test_a_batch_takes_a_token_of_each_sequence(tmp_path: Path) -> None:
+    """However short the context is."""
+    path = tiny_gguf(tmp_path, num_hidden_layers=1)
+    backend = GGUFBackend(path, EngineSettings(context_length=16, parallel=64), PLENTY)
+    for uid in range(64):
+        backend.add(Sequence(uid, [uid + 5], 1, SamplingParams()))
+    finished = [event.uid for event in backend.step() if isinstance(event, TokenEvent)]
+    assert finished == list(range(64))
+    backend.close()
 
 
 @pytest.mark.parametrize(

@@ -204,6 +204,66 @@ def test_the_disk_keeps_what_was_used_last(tmp_path: Path) -> None:
     backend.close()
 
 
+def on_disk(folder: Path, prompt: list[int]) -> dict[str, Any]:
+    """The settings that find the prompt there."""
+    kept = {"prefix_disk_bytes": 2 * 10**7, "prefix_disk_dir": str(folder)}
+    backend = load(**kept)
+    ask(backend, prompt, 1)
+    backend.close()
+    return kept
+
+
+def test_what_is_too_long_for_the_disk_spares_the_others(tmp_path: Path) -> None:
+    """The last prefix alone is beyond the budget; the one before is written."""
+    kept = {"prefix_disk_bytes": 2 * 10**6, "prefix_disk_dir": str(tmp_path)}
+    backend = load(**kept)
+    ask(backend, list(range(100, 140)), 1)
+    ask(backend, list(range(200, 400)), 1)
+    backend.close()
+    backend = load(**kept)
+    assert ask(backend, list(range(100, 140)), 1).cached == [39]
+    backend.close()
+
+
+def test_the_disk_is_a_part_of_the_feature(tmp_path: Path) -> None:
+    """Without prefixes nothing is read back."""
+    prompt = list(range(100, 200))
+    backend = load(**on_disk(tmp_path, prompt))
+    backend.use(backend.features - {"prefix"})
+    assert ask(backend, prompt, 1).cached == [0]
+    backend.close()
+
+
+def test_what_the_pool_cannot_hold_is_not_read(tmp_path: Path) -> None:
+    """A file of a longer context, and what is cached stays."""
+    prompt = list(range(100, 500))
+    backend = load(context_length=256, **on_disk(tmp_path, prompt))
+    ask(backend, list(range(1000, 1020)), 1)
+    assert ask(backend, prompt[:210], 1).cached == [0]
+    assert len(backend._cells.parked) == 2
+    backend.close()
+
+
+def test_nobody_waits_for_what_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of three that wait for each other the first one goes, and the second one begins with more
+    than the third one waited for."""
+    monkeypatch.setattr(PrefillRate, "slice_tokens", lambda self, *, decoding: 32)
+    prompt = list(range(100, 500))
+    backend = load(**on_disk(tmp_path, prompt))
+    for uid, other in enumerate([[*prompt[:100], *[9] * 100], prompt, [*prompt[:200], 9, 9]]):
+        backend.add(Sequence(uid, other, 8, SamplingParams(logit_bias={0: -100.0, 2: -100.0})))
+    with monkeypatch.context() as patch:
+        patch.setattr(backend, "_restore", lambda row: None)
+        backend.step()
+    first, second, third = backend._running
+    assert third.leader is second and second.leader is first
+    backend.remove(0)
+    assert second.cached == len(prompt) - 1 and third.cached == 200
+    assert set(run(backend, 2)) == {1, 2}
+    run(backend)
+    backend.close()
+
+
 def test_a_full_pool_changes_nothing() -> None:
     """Prefixes are found and given up, cells are used again, and every answer stays the same."""
     backend = load(context_length=256, parallel=2)
@@ -249,3 +309,21 @@ def test_short_prompts_pass_long_ones(
         told |= run(backend, 1)
     assert computed[:5] == [[4, 3], [0], [2, 0], [0], [0, 1]]
     assert list(told) == [4, 3, 2, 0, 1]
+
+
+def test_what_a_short_prompt_waits_for_comes_early(
+    backend: GGUFBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It shares a little with a long prompt that comes behind another long one, and does not wait
+    for that other."""
+    monkeypatch.setattr(PrefillRate, "slice_tokens", lambda self, *, decoding: 64)
+    system = [20] * 40
+    for uid, prompt in enumerate([[21] * 400, system + [22] * 400, [*system, 23, 23]]):
+        backend.add(Sequence(uid, prompt, 1, GREEDY))
+    told: dict[int, Told] = {}
+    steps = 0
+    while 2 not in told:
+        told |= run(backend, 1)
+        steps += 1
+    assert told[2].cached == [40] and steps <= 3
+    run(backend)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,9 @@ WINDOW = 64
 
 
 def windowed() -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Gemma 3's architecture: most layers see the last 64 tokens only."""
+    """Gemma 3's architecture: all layers but the sixth see the last 64 tokens only."""
     shapes: dict[str, tuple[int, ...]] = {}
-    for i in range(2):
+    for i in range(6):
         block = f"blk.{i}."
         norms = ("attn_norm", "post_attention_norm", "ffn_norm", "post_ffw_norm")
         shapes |= {f"{block}{name}.weight": (HIDDEN,) for name in norms}
@@ -34,7 +35,7 @@ def windowed() -> tuple[dict[str, Any], dict[str, Tensor]]:
         shapes |= {f"{block}{name}.weight": (HIDDEN, 64) for name in ("attn_q", "attn_output")}
         shapes |= {f"{block}{name}.weight": (128, HIDDEN) for name in ("ffn_gate", "ffn_up")}
         shapes[f"{block}ffn_down.weight"] = (HIDDEN, 128)
-    return _model("gemma3", shapes, {"attention.sliding_window": WINDOW})
+    return _model("gemma3", shapes, {"attention.sliding_window": WINDOW, "block_count": 6})
 
 
 def recurrent() -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -177,6 +178,22 @@ def test_one_waits_for_another(backend: GGUFBackend) -> None:
     parts = next(i for i, (a, b) in enumerate(zip(*prompts, strict=False)) if a != b)
     assert (first, second) == (0, parts)
     assert same(one, alone[0]) and same(other, alone[1])
+
+
+def test_a_state_that_cannot_be_read_leaves_nothing(backend: GGUFBackend) -> None:
+    """Of one cut short some layers were read; the prompt is computed as if it was not there."""
+    ask(backend, chat(backend, SYSTEM, SEA))
+    tree = backend._snapshots._tree
+    [(tokens, _, state)] = tree.paths()
+    assert state
+    turn = tokens + chat(backend, CAT)
+    backend.use(frozenset())
+    [(_, fresh)] = ask(backend, turn)
+    backend.use(backend._able)
+    short = (ctypes.c_uint8 * (len(state) - 1)).from_buffer_copy(state)
+    tree.put(tokens, 0, len(tokens), short)
+    [(cached, answer)] = ask(backend, turn)
+    assert cached == 0 and same(answer, fresh)
 
 
 def test_the_budget_holds(loaded: GGUFBackend) -> None:

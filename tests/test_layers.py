@@ -26,22 +26,25 @@ LAYERS = """
     constraints gguf_tokenizer catalog backends.llama backends.mlx_sampling backends.gguf_sampling
     backends.mlx_cache backends.mlx_model backends.gguf_model backends.gguf_snapshots
     answer convert backends.mlx_batch backends.mlx_bert backends.mlx_prefix
-    backends.gguf_cells backends.gguf_rows
+    backends.gguf_cells backends.gguf_rows backends.mlx_prefill
     prompt backends.gguf_draft backends.mlx_draft
     backends.mlx backends.gguf backends.mlx_embedding backends.gguf_embedding
     runner memory loading
     inference schema
-    chat_schema completions_schema
-    openai_answers
-    slot streaming downloader metrics state
+    records chat_schema completions_schema
+    openai_answers logs
+    slot streaming downloader state
     guard
     registry
+    reload
     endpoint
-    openai_api anthropic_api lmstudio_api admin_api access openapi
+    openai_api anthropic_api lmstudio_api admin_api access openapi page
+    events metrics
     app
-    bench_client
-    bench_scenarios
-    bench
+    serve
+    bench_client client steps terminal daemon_plist
+    bench_scenarios launchd
+    bench completion doctor cli
     bench_engine
     __main__
 """  # lowest first; a module imports only from lines above its own

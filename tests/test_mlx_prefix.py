@@ -4,18 +4,24 @@ memory and on disk, rows without padding, and guesses."""
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from copy import copy as shallow
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import pytest
+from mlx_lm.models.cache import KVCache, make_prompt_cache
 
-from lmx.backends import Drafted, Prefilled, Sequence, StepEvent, TokenEvent
+from lmx.backends import Drafted, Prefilled, PrefillRate, Sequence, StepEvent, TokenEvent
 from lmx.backends.mlx import MLXBackend
 from lmx.backends.mlx_batch import MAX_PADDING, fit, place
+from lmx.backends.mlx_cache import part, ragged, state
+from lmx.backends.mlx_prefill import TAIL_TOKENS, prefill, prefill_together
 from lmx.config import EngineSettings
 from lmx.errors import ModelLoadFailed
 from lmx.generation import SamplingParams
+from lmx.selftest import check
 
 from . import models
 from .models import PLENTY
@@ -54,7 +60,7 @@ def run(backend: MLXBackend, *sequences: Sequence) -> tuple[dict[int, list[int]]
     for event in seen:
         assert isinstance(event, Prefilled | TokenEvent | Drafted), event
         if isinstance(event, TokenEvent):
-            answers[event.uid].append(event.token)
+            answers.setdefault(event.uid, []).append(event.token)
     return answers, seen
 
 
@@ -92,13 +98,15 @@ def of_kind(folder: Path, config: dict[str, Any]) -> Path:
 
 @pytest.mark.parametrize("length", [1, 2, 40, 300])
 def test_a_prompt_that_was_seen_is_computed_but_for_its_last_token(path: Path, length: int) -> None:
-    """The same prompt again finds all that can be kept, and gets the same answer."""
+    """The same prompt again finds all that can be kept, and gets the same answer; a state, which
+    cannot be cut, lies a few tokens before its end."""
     backend = MLXBackend(path, EngineSettings(), PLENTY)
     prompt = words(length)
     first, events = run(backend, Sequence(1, prompt, 6, FOREVER))
     assert cached(events) == {1: 0}
     again, events = run(backend, Sequence(1, list(prompt), 6, FOREVER))
-    assert cached(events) == {1: length - 1} and again == first
+    known = length - 1 if backend._prefixes.whole else length - TAIL_TOKENS if length > 64 else 0
+    assert cached(events) == {1: known} and again == first
 
 
 def test_the_next_turn_goes_on_from_the_last(path: Path) -> None:
@@ -150,6 +158,103 @@ def test_requests_that_begin_alike_wait_for_one_of_them(tmp_path: Path) -> None:
     assert {n: run(backend, s)[0][n] for n, s in enumerate(sequences)} == texts
 
 
+@pytest.fixture
+def slowly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """32 tokens of a prompt a step."""
+    monkeypatch.setattr(PrefillRate, "slice_tokens", lambda self, *, decoding: 32)
+
+
+@pytest.mark.usefixtures("slowly")
+def test_nobody_waits_for_more_than_is_shared(path: Path) -> None:
+    """A short prompt goes on as soon as the long one has computed what both begin with, and says
+    what it says alone."""
+    backend = MLXBackend(path, EngineSettings(), PLENTY)
+    short = Sequence(1, [*words(100), *words(20, 9000)], 4, FOREVER)
+    backend.add(Sequence(0, words(1600), 4, FOREVER))
+    backend.step()
+    texts, events = run(backend, short)
+    assert [e.uid for e in events if isinstance(e, Prefilled)] == [1, 0]
+    assert cached(events) == {0: 0, 1: 100}
+    backend.use(frozenset())
+    assert run(backend, short)[0][1] == texts[1]
+
+
+@pytest.mark.usefixtures("slowly")
+def test_one_that_comes_late_takes_what_is_there(tmp_path: Path) -> None:
+    """What another prompt has computed already is shared at once, where a cache can be cut."""
+    backend = MLXBackend(of_kind(tmp_path / "tiny", {}), EngineSettings(), PLENTY)
+    backend.add(Sequence(0, words(1600), 4, FOREVER))
+    for _ in range(6):
+        backend.step()
+    _, events = run(backend, Sequence(1, [*words(100), *words(20, 9000)], 4, FOREVER))
+    assert [e.uid for e in events if isinstance(e, Prefilled)] == [1, 0]
+    assert cached(events)[1] == 100
+
+
+@pytest.mark.usefixtures("slowly")
+@pytest.mark.parametrize("gone", [0, 1])
+def test_who_waited_goes_on_when_the_first_is_removed(path: Path, gone: int) -> None:
+    """One of the others then computes what they share, once."""
+    backend = MLXBackend(path, EngineSettings(), PLENTY)
+    for n in range(4):
+        backend.add(Sequence(n, [*words(300), *words(9, 3000 + 100 * n)], 4, FOREVER))
+    for _ in range(3):
+        backend.step()
+    backend.remove(gone)
+    found = cached(run(backend)[1])
+    assert sorted(found.values()) == [0, 300, 300] and gone not in found
+
+
+def test_a_prefix_that_cannot_be_kept_fails_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without memory for a copy the answer is what it was, and the next one is computed again."""
+    backend = MLXBackend(of_kind(tmp_path / "tiny", {}), EngineSettings(), PLENTY)
+    expected, _ = run(backend, Sequence(1, words(50), 4, FOREVER))
+    backend.use(backend.features)
+
+    def fail(*args: Any) -> None:
+        raise RuntimeError("[malloc] Unable to allocate")
+
+    monkeypatch.setattr("lmx.backends.mlx_prefix.piece", fail)
+    for _ in range(2):
+        answers, events = run(backend, Sequence(1, words(50), 4, FOREVER))
+        assert answers == expected and cached(events) == {1: 0}
+
+
+def test_a_state_keeps_no_more_than_its_window(tmp_path: Path) -> None:
+    """However long a slice of the prompt was, and what follows is the same."""
+    network = MLXBackend(of_kind(tmp_path / "tiny", WINDOW), EngineSettings(), PLENTY)._network
+    cache = make_prompt_cache(network)
+    prefill(network, cache, words(500))
+    [copy] = state(cache)
+    assert copy.keys.shape[2] == 64 < 500 == cache[0].keys.shape[2]
+    assert type(cache[0]) is not KVCache
+    other = [copy, *map(shallow, cache[1:])]
+    for tokens in (words(3, 600), words(1, 700), words(1, 800)):
+        one, two = (network(mx.array([tokens]), cache=c) for c in (cache, other))
+        assert mx.allclose(one, two, atol=1e-4)
+
+
+def test_the_test_at_load_tests_it_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its prompts differ enough in length for several groups, and short ones are read together."""
+    backend = MLXBackend(of_kind(tmp_path / "tiny", {}), EngineSettings(), PLENTY)
+    used: set[str] = set()
+
+    def spy(place: str, name: str, call: Callable[..., Any]) -> None:
+        def called(*args: Any) -> Any:
+            used.add(name)
+            return call(*args)
+
+        monkeypatch.setattr(f"lmx.backends.{place}.{name}", called)
+
+    spy("mlx_batch", "ragged", ragged)
+    spy("mlx_batch", "part", part)
+    spy("mlx", "prefill_together", prefill_together)
+    assert check(backend) == (backend.features, [])
+    assert used == {"ragged", "part", "prefill_together"}
+
+
 def test_past_prompts_make_way_for_running_ones(tmp_path: Path) -> None:
     """They take what the grant leaves, and a smaller grant is obeyed at once."""
     step = 256 * 2 * 2 * 2 * 16 * 4
@@ -188,6 +293,36 @@ def test_prefixes_come_back_from_disk(path: Path, tmp_path: Path) -> None:
     assert cached(events) == {2: 106}
     fresh = MLXBackend(path, EngineSettings(prefix_cache_bytes=0), PLENTY)
     assert run(fresh, Sequence(2, turn, 6, FOREVER))[0] == texts
+
+
+def test_what_was_used_last_reaches_the_disk(tmp_path: Path) -> None:
+    """Where there is room for one only, it is that one; and one that is too large for the grant is
+    not even read."""
+    folder = of_kind(tmp_path / "tiny", {})
+    settings = EngineSettings(prefix_disk_bytes=200_000, prefix_disk_dir=str(tmp_path / "disk"))
+    backend = MLXBackend(folder, settings, PLENTY)
+    for n in range(4):
+        run(backend, Sequence(n, words(60, 1000 * n), 4, FOREVER))
+    backend.close()
+    found = []
+    for kv_bytes in (PLENTY, 256 * 2 * 2 * 2 * 16 * 4):
+        backend = MLXBackend(folder, settings, kv_bytes)
+        events = [run(backend, Sequence(n, words(60, 1000 * n), 4, FOREVER))[1] for n in range(4)]
+        found.append([cached(e)[n] for n, e in enumerate(events)])
+    assert found == [[0, 0, 0, 59], [0, 0, 0, 0]]
+
+
+def test_another_configuration_computes_anew(tmp_path: Path) -> None:
+    """What was written for other positions is not found, although the weights are the same."""
+    folder = of_kind(tmp_path / "tiny", {})
+    settings = EngineSettings(prefix_disk_bytes=2**24, prefix_disk_dir=str(tmp_path / "disk"))
+    backend = MLXBackend(folder, settings, PLENTY)
+    run(backend, Sequence(1, words(60), 4, FOREVER))
+    backend.close()
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"rope_theta": 5.0}))
+    _, events = run(MLXBackend(folder, settings, PLENTY), Sequence(1, words(60), 4, FOREVER))
+    assert cached(events) == {1: 0}
 
 
 def test_no_prompt_reaches_the_disk_unasked(tmp_path: Path) -> None:
@@ -240,11 +375,9 @@ def test_rows_go_where_they_need_the_least_padding(
     assert together == [lengths]
 
 
-def test_a_short_prompt_passes_a_long_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("slowly")
+def test_a_short_prompt_passes_a_long_one(tmp_path: Path) -> None:
     """It is answered while the long one is read, which goes on every other step."""
-    from lmx.backends import PrefillRate
-
-    monkeypatch.setattr(PrefillRate, "slice_tokens", lambda self, *, decoding: 32)
     backend = MLXBackend(of_kind(tmp_path / "tiny", {}), EngineSettings(), PLENTY)
     backend.add(Sequence(1, words(1600), 4, FOREVER))
     backend.step()
@@ -299,6 +432,28 @@ def test_a_draft_model_guesses(tmp_path: Path) -> None:
     (other / "tokenizer.json").write_text(json.dumps(tokenizer))
     with pytest.raises(ModelLoadFailed, match="vocabulary"):
         MLXBackend(folder, EngineSettings(draft_model=str(other)), PLENTY)
+
+
+def test_a_draft_model_costs_no_answer(tmp_path: Path) -> None:
+    """What it has read is counted, and goes before anybody makes way or fails for memory."""
+    folder = of_kind(tmp_path / "tiny", {})
+    settings = EngineSettings(draft_model=str(folder), prefix_cache_bytes=0)
+    step = 256 * 2 * 2 * 2 * 16 * 4
+    plain = MLXBackend(folder, EngineSettings(draft_tokens=0), PLENTY)
+    [expected] = run(plain, Sequence(1, words(900), 130, GREEDY))[0].values()
+    backend = MLXBackend(folder, settings, 10 * step)
+    assert backend._draft
+    for prompt in (words(900), words(20, 5000)):
+        run(backend, Sequence(2, prompt, 20, GREEDY))
+        held = sum(layer.nbytes for layer in backend._draft._cache)
+        assert backend._draft.kv_bytes == held == 4 * step
+    assert backend.grant(step).kv_bytes == step and backend._draft.kv_bytes == 0
+    backend.grant(10 * step)
+    run(backend, Sequence(3, words(900, 2000), 20, GREEDY))
+    backend._kv_bytes = 5 * step
+    tight, events = run(backend, Sequence(4, words(900), 130, GREEDY))
+    assert tight == {4: expected}
+    assert not any(isinstance(event, Drafted) for event in events)
 
 
 @pytest.mark.parametrize("ending", ["removed", "stopped", "cut"])

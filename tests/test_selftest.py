@@ -115,7 +115,7 @@ def test_the_culprit_is_looked_for() -> None:
     ("fault", "problem"),
     [
         (another, "tokens came '"),
-        (fewer, "tokens came 1 tokens, not 8"),
+        (fewer, "tokens came 1 tokens, not 6"),
         (unknown, "GenerationFailed: token 1000 is not in the vocabulary"),
         (fails, "GenerationFailed: no kernel for it"),
         (raises, "NotImplementedError: merge"),

@@ -15,7 +15,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from functools import partial
-from itertools import accumulate, takewhile
+from itertools import takewhile
 from pathlib import Path
 from typing import Final, Literal
 
@@ -151,7 +151,7 @@ class GGUFBackend:
         self._pays = Pays()
 
     def close(self) -> None:
-        for row in [*self._running, *self._waiting]:
+        for row in [*self._waiting, *reversed(self._running)]:  # those that wait for others first
             self._release(row)
         if self._disk and "prefix" in self.features:
             self._spill(self._disk)
@@ -159,10 +159,12 @@ class GGUFBackend:
 
     def _spill(self, disk: PrefixFolder) -> None:
         """Write what was used last, as far as the budget goes, and that last."""
-        parked = list(self._cells.parked.items())
-        sizes = (llama.state_bytes(self._context, seq_id) for seq_id, _ in reversed(parked))
-        fit = sum(1 for total in accumulate(sizes) if total <= self._disk_bytes)
-        for seq_id, ids in parked[len(parked) - fit :]:
+        chosen, left = [], self._disk_bytes
+        for seq_id, ids in reversed(self._cells.parked.items()):
+            if (size := llama.state_bytes(self._context, seq_id)) <= left:
+                chosen.append((seq_id, ids))
+                left -= size
+        for seq_id, ids in reversed(chosen):
             disk.add(ids.tolist(), partial(llama.save, self._context, seq_id, ids))
 
     def _free(self) -> None:
@@ -223,6 +225,7 @@ class GGUFBackend:
             if self._snapshots.restore(row.seq_id, prefix.state):
                 self._cells.grow(row.seq_id, prefix.length)
             else:
+                self._cells.cut(row.seq_id, 0)  # a part of it may be there
                 row.cached = 0
         elif prefix.length:
             self._cells.copy(prefix.seq_id, row.seq_id, prefix.length)
@@ -231,14 +234,18 @@ class GGUFBackend:
 
     def _restore(self, row: Row) -> None:
         """Let it begin with what the disk has, if that is more and nobody has to wait for it."""
-        if not self._disk or any(other.announced for other in self._running):
+        if not self._disk or "prefix" not in self.features:
+            return
+        if any(other.announced for other in self._running):
             return
         most = len(row.tokens) - 1
         found = self._disk.find(row.tokens, most, more_than=row.cached + WAIT_TOKENS)
-        if found and self._cells.room(len(found[1])) >= len(found[1]):
-            path, tokens = found
+        path, tokens = found or (Path(), [])
+        held = self._cells.held(other.seq_id for other in self._running if other is not row)
+        if tokens and held + len(tokens) <= self._cells.size:
             self._cells.cut(row.seq_id, 0)
             row.cached = 0
+            self._cells.room(len(tokens))
             if llama.restore(self._context, path, row.seq_id, len(tokens)):
                 self._cells.grow(row.seq_id, len(tokens))
                 row.cached = common(row.ids[:most], np.array(tokens, np.int32))
@@ -246,19 +253,19 @@ class GGUFBackend:
             row.hit = row.cached
 
     def _leave(self, row: Row) -> None:
-        """Take a sequence out of the running ones, its cells parked."""
+        """Take a sequence out of the running ones, and keep what it has as a prefix."""
         self._running.remove(row)
-        if self._by_cell:
-            self._cells.park(row.seq_id, row.tokens[: row.cached])
+        keeps, tokens = "prefix" in self.features, row.tokens[: row.cached]
+        if keeps and self._by_cell:
+            self._cells.park(row.seq_id, tokens)
         else:
-            if row.announced and "prefix" in self.features:
-                self._snapshots.keep(row.seq_id, row.tokens[: row.cached])
+            if keeps and row.announced:
+                self._snapshots.keep(row.seq_id, tokens)
             self._cells.release(row.seq_id)
         row.seq_id, row.cached, row.leader = -1, 0, None
-        if not self._running and "prefix" not in self.features:
-            self._cells.drop_parked()
         for other in self._running:
-            if other.leader is row:
+            # A leader that has just lost its own may begin with more than another waits for.
+            if (leader := other.leader) and (leader is row or leader.cached >= other.share):
                 self._begin(other, self._find(other))
 
     def _preempt_youngest(self) -> None:
@@ -376,16 +383,20 @@ class GGUFBackend:
                 self._take(row, Prefix(row.share, leader.seq_id))
 
     def _slice(self, prefilling: list[Row], room: int) -> list[tuple[Row, int]]:
-        """How many tokens of which prompts come next: those that fit in whole, shortest first, and
-        every other time the one that came first, whatever its length."""
+        """How many tokens of which prompts come next: those that fit in whole, or up to where
+        another waits for them, shortest first, and every other time the one that came first,
+        whatever its length."""
+        ends = {row: len(row.tokens) for row in prefilling}
+        for other in self._running:
+            if other.leader in ends:
+                ends[other.leader] = min(ends[other.leader], other.share)
         order = prefilling
         if not self._overtaken:
-            order = sorted(prefilling, key=lambda row: min(row.pending, room + 1))
+            order = sorted(prefilling, key=lambda row: min(ends[row] - row.cached, room + 1))
         batch: list[tuple[Row, int]] = []
         for row in order:
-            stops = [other.share for other in self._running if other.leader is row] + row.borders
-            stop = min((stop for stop in stops if stop > row.cached), default=len(row.tokens))
-            if count := min(stop - row.cached, room):
+            stops = [border for border in row.borders if border > row.cached]
+            if count := min(min([ends[row], *stops]) - row.cached, room):
                 batch.append((row, count))
                 room -= count
         self._overtaken = bool(batch) and prefilling[0] is not batch[0][0]

@@ -86,6 +86,7 @@ class Cells:
     def copy(self, source: int, target: int, length: int) -> None:
         """Let `target`, which is empty, begin with `length` tokens of the source's."""
         llama_cpp.llama_memory_seq_cp(self._cache, source, target, 0, length)
+        self._newest = (-1, 0)  # what has grown last may be another's now as well
         spans = self._spans[source]
         self._spans[target] = spans[: self._split(spans, length)]
         for span in self._spans[target]:
@@ -187,7 +188,8 @@ class Cells:
         size: int = llama_cpp.llama_state_get_size(self._context)
         state = (ctypes.c_uint8 * size)()
         written: int = llama_cpp.llama_state_get_data(self._context, state, size)
-        if llama_cpp.llama_state_set_data(self._context, state, written) != written:
+        read: int = llama_cpp.llama_state_set_data(self._context, state, written)
+        if not 0 < read == written:
             raise BackendBroken(f"the KV cache could not be moved: {errors()}")
 
     def _shrink_oldest(self, cells: int) -> None:

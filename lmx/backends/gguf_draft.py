@@ -15,8 +15,9 @@ from .gguf_cells import common
 from .lookup import Lookup
 
 SAME_TOKENS: Final = 1000
-"""At the beginning of two vocabularies, which are the same if these and their sizes are."""
-
+"""At the beginning of two vocabularies, which are the same if these and their sizes are,"""
+PADDING_TOKENS: Final = 128
+"""but for so many that pad one of them, as between sizes of Qwen2.5; llama.cpp's own limit."""
 
 CATCH_UP_TOKENS: Final = 256
 """Of the text before the one to guess, read at a time."""
@@ -69,6 +70,7 @@ class DraftModel:
         self.engine_bytes = llama.buffer_bytes(self._model)
         self._batch = llama.Batch(self._context)
         self._greedy = llama_cpp.llama_sampler_init_greedy()
+        self._known = len(vocabulary.tokens)
         self._tokens: list[int] = []
         self._seen = 0
         """Of these tokens, those known to be in the cache."""
@@ -79,7 +81,7 @@ class DraftModel:
             raise ModelLoadFailed("its memory cannot take back tokens")
         own = llama.read_vocabulary(llama_cpp.llama_model_get_vocab(self._model))
         ours, theirs = len(vocabulary.tokens), len(own.tokens)
-        if ours != theirs:
+        if abs(ours - theirs) > PADDING_TOKENS:
             raise ModelLoadFailed(f"a vocabulary of {theirs} tokens, and the model's has {ours}")
         if own.tokens[:SAME_TOKENS] != vocabulary.tokens[:SAME_TOKENS]:
             raise ModelLoadFailed("its vocabulary has other tokens than the model's")
@@ -101,7 +103,10 @@ class DraftModel:
             return []
         guess: list[int] = []
         while len(guess) < most and self._read(guess[-1:] or unread):
-            guess.append(llama_cpp.llama_sampler_sample(self._greedy, self._context, -1))
+            token = llama_cpp.llama_sampler_sample(self._greedy, self._context, -1)
+            if token >= self._known:
+                break
+            guess.append(token)
         return guess
 
     def _read(self, tokens: list[int]) -> bool:

@@ -56,7 +56,8 @@ class GGUFModel:
         trained: int = llama_cpp.llama_model_n_ctx_train(self._model)
         self.context_length = min(settings.context_length or KV_TOKENS, trained)
         params = llama_cpp.llama_context_default_params()
-        params.n_ctx = self.context_length
+        # A batch is no larger than the context, and takes a token of each sequence.
+        params.n_ctx = max(self.context_length, settings.parallel)
         self.by_cell = llama.by_cell(self._model)
         most: int = llama_cpp.llama_max_parallel_sequences()
         self.seq_ids = settings.parallel

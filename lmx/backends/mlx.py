@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import time
+from array import array
 from collections import deque
 from collections.abc import Iterable
 from pathlib import Path
@@ -32,24 +33,22 @@ from . import (
     StepEvent,
     TokenEvent,
 )
-from .borders import borders
 from .lookup import Lookup, Pays
-from .mlx_batch import SHORT_CELLS, Batch, Drawn, Prompt, Row, fit, place, prefill, prefill_together
-from .mlx_cache import Cache, can_merge
+from .mlx_batch import Batch, Drawn, Row, place
+from .mlx_cache import can_merge
 from .mlx_draft import DraftModel
 from .mlx_model import ENGINE, MLXModel
+from .mlx_prefill import Prompt, choose, draw_first, prefill, prefill_together, stops, tail
 from .mlx_prefix import Prefixes
 from .mlx_sampling import Sampler
-
-PREFILL_ROWS: Final = 8
-"""Short prompts prefilled together."""
+from .prefix_tree import common
 
 GROWTH_TOKENS: Final = 64
 """What a sequence must find free beyond its tokens to join others: with less it would soon have to
 leave again, and every return costs a prefill."""
 
 SHARED_TOKENS: Final = 64
-"""A prompt that shares so many unknown tokens with another waits for that one's cache."""
+"""A prompt that shares so many unknown tokens with another waits until that one has them."""
 
 
 class MLXBackend:
@@ -89,6 +88,8 @@ class MLXBackend:
         self._lookup: tuple[Row, Lookup] | None = None
         self._guessed = False
         """The last step has; its successor has nothing to wait for."""
+        self._owing = False
+        """The last step has decoded nothing."""
         self._failed: list[StepEvent] = []
         """To be told by the next step."""
         self._prefixes = Prefixes(self._network, model.name, self._kv_cache, settings)
@@ -138,19 +139,16 @@ class MLXBackend:
 
     def _withdraw(self, row: Row) -> None:
         """Take out a row that is prefilled or decodes."""
-        for prompt in self._prompts:
-            if prompt.row is row and prompt.followers:
-                prompt.row = prompt.followers.pop(0)
-            elif prompt.row is row:
-                self._prompts.remove(prompt)
-            elif row in prompt.followers:
-                prompt.followers.remove(row)
-            else:
-                continue
-            break
-        else:
+        prompt = next((p for p in self._prompts if row in p.rows), None)
+        if prompt is None:
             self._keep_answer(row)
             self._batch.leave([row])
+        elif row is not prompt.row:
+            prompt.followers.remove(row)
+        elif prompt.followers:
+            prompt.row = prompt.followers.pop(0)
+        else:
+            self._end(prompt)
         self._forget(row)
 
     def _forget(self, row: Row) -> None:
@@ -163,13 +161,16 @@ class MLXBackend:
     def step(self) -> list[StepEvent]:
         self._give_way()
         self._admit()
-        self._make_room()
+        self._prefixes.evict(self._room)
         self._kv_peak = max(self._kv_peak, self._kv_size() + self._prefixes.bytes)
         events, self._failed = self._failed, []
-        budget = self._slice_tokens()
-        while self._prompts and budget > 0:
+        budget = self._rate.slice_tokens(decoding=bool(self._batch.rows))
+        while self._prompts and budget > 0 and not self._owing:
             budget -= self._prefill(budget, events)
-        if self._batch.rows:
+        # First tokens go out before the next ones are computed; those are put off only once.
+        began = any(isinstance(event, TokenEvent) for event in events)
+        self._owing = began and not self._owing
+        if self._batch.rows and not self._owing:
             self._padding = max(self._padding, self._batch.padding())
             self._decode(events)
         return events
@@ -188,9 +189,17 @@ class MLXBackend:
             for lengths in groups
         )
 
+    def _fits(self, more: Iterable[Row] = (), growth: int = 1) -> bool:
+        """Whether the grant allows it, if need be without what the draft model has read."""
+        fits = self._kv_size(more, growth) <= self._kv_bytes
+        if not fits and self._draft and self._draft.kv_bytes:
+            self._draft.forget()
+            fits = self._kv_size(more, growth) <= self._kv_bytes
+        return fits
+
     def _give_way(self) -> None:
         """Before the KV cache outgrows its grant, the youngest goes back to the queue."""
-        while self._rows and self._kv_size() > self._kv_bytes:
+        while self._rows and not self._fits():
             row = list(self._rows.values())[-1]
             alone = self._kv_size()
             self._withdraw(row)
@@ -206,17 +215,17 @@ class MLXBackend:
         )
         self._failed.append(SequenceFailed(row.uid, error))
 
-    def _make_room(self) -> None:
-        """Past prompts get what the rows leave."""
-        self._prefixes.evict(self._room)
-
     @property
     def _room(self) -> int:
-        """What the rows' KV caches leave."""
+        """What the rows' KV caches leave to past prompts."""
         return self._kv_bytes - self._kv_size()
 
     def grant(self, kv_bytes: int) -> Memory:
-        kept = self._kv_size(growth=0)
+        kept, before = self._kv_size(growth=0), self._prefixes.bytes
+        if self._draft and kept > kv_bytes:
+            before += self._draft.kv_bytes
+            self._draft.forget()
+            kept = self._kv_size(growth=0)
         if self._rows:
             # Nobody makes way for the oldest: with less it could only fail in mid-answer.
             oldest = next(iter(self._rows.values())).sequence
@@ -225,30 +234,25 @@ class MLXBackend:
         self._kv_bytes = max(kv_bytes, kept)
         padding, self._padding = self._padding, 0.0
         used, self._kv_peak = max(self._kv_peak, self._prefixes.bytes), 0
-        before = self._prefixes.bytes
-        self._make_room()
+        self._prefixes.evict(self._room)
         if self._prefixes.bytes < before:
             mx.clear_cache()  # what was given back must be free for others, and not for reuse here
-        held: int = mx.get_active_memory() + mx.get_cache_memory()
-        held = max(held, mx.get_peak_memory())
+        held: int = max(mx.get_active_memory() + mx.get_cache_memory(), mx.get_peak_memory())
         mx.reset_peak_memory()
         return Memory(held, self._kv_bytes, used, padding)
 
     # Prompts.
 
-    def _slice_tokens(self) -> int:
-        return self._rate.slice_tokens(decoding=bool(self._batch.rows))
-
     def _admit(self) -> None:
         """Let those that wait begin, in order of arrival, as far as rows and memory go."""
         while self._waiting and len(self._rows) < self.parallel:
             row = self._waiting[0]
-            if self._kv_size([row], GROWTH_TOKENS) > self._kv_bytes:
+            if not self._fits([row], GROWTH_TOKENS):
                 if self._rows:
                     return
-                if (needed := self._kv_size([row])) > self._kv_bytes:
+                if not self._fits([row]):
                     self._waiting.popleft()
-                    self._fail_for_memory(row, needed)
+                    self._fail_for_memory(row, self._kv_size([row]))
                     continue
             self._waiting.popleft()
             self._rows[row.uid] = row
@@ -256,128 +260,141 @@ class MLXBackend:
 
     def _queue(self, row: Row) -> None:
         last = self._prompts[-1] if self._prompts else None
-        if last and last.row.sequence.prompt is row.sequence.prompt and not row.answer:
+        same = last and last.row.sequence.prompt is row.sequence.prompt
+        if last and same and not (last.row.answer or row.answer):
             last.followers.append(row)
             return
-        prompt = Prompt(row)
-        if self._prefixes.on:
-            tokens = row.tokens
-            prompt.done = self._prefixes.known(tokens)
-            start = tokens[: prompt.done + SHARED_TOKENS]
-            same = (p for p in self._prompts if p.row.tokens[: len(start)] == start)
-            prompt.behind = next(same, None)
-        self._prompts.append(prompt)
+        self._prompts.append(Prompt(row))
+        self._wait(self._prompts[-1])
+
+    def _wait(self, prompt: Prompt) -> None:
+        """For the one before it that has most to compute of what both begin with."""
+        prompt.behind, tokens = None, prompt.row.tokens
+        prompt.done = self._prefixes.known(tokens)
+        # Past what they share, others still have it where it can be cut off, and else never again.
+        for other in self._prompts[: self._prompts.index(prompt)] if self._prefixes.on else ():
+            least = prompt.shared if prompt.behind else prompt.done + SHARED_TOKENS - 1
+            theirs = other.row.tokens[:-1]
+            if theirs[: least + 1] != tokens[: least + 1]:
+                continue
+            shared = common(array("i", theirs), tokens, 0, len(tokens) - 1)
+            if shared > least and other.done < shared:
+                prompt.behind, prompt.shared = other, shared
+            elif shared > least and self._prefixes.whole and other.cache:
+                self._prefixes.keep(theirs[:shared], other.cache, 0, self._room)
+                prompt.behind, prompt.done = None, self._prefixes.known(tokens)
 
     def _prefill(self, budget: int, events: list[StepEvent]) -> int:
         """At most so many tokens of one prompt, or of several short ones; what that has cost."""
-        chosen = self._choose(budget)
+        ready = [prompt for prompt in self._prompts if prompt.behind is None]
+        chosen = choose(ready, budget, passed=self._passed, whole=self._prefixes.whole)
+        self._passed = ready[0] not in chosen
         try:
             for prompt in chosen:
                 if prompt.cache is None:
                     self._begin(prompt)
+            if len(chosen) * max(prompt.left for prompt in chosen) > budget:
+                chosen = chosen[:1]  # what was known of one has been evicted
             start = time.perf_counter()
-            count = self._compute([prompt for prompt in chosen if prompt.left], budget)
+            count, logits = self._compute(chosen, budget)
             self._rate.measured(count, time.perf_counter() - start)
             for prompt in chosen:
                 self._keep_prompt(prompt)
+            ended = [n for n, prompt in enumerate(chosen) if not prompt.left]
+            rows = [(row, n) for n in ended for row in chosen[n].rows]
+            drawn = draw_first(rows, logits) if rows else []
         except Exception as error:
             _raise_if_broken(error)
             for prompt in chosen:
                 self._end(prompt)
                 self._fail(prompt.rows, error, events)
             return budget
-        newcomers: list[tuple[Row, Cache]] = []
-        for prompt in chosen:
-            if not prompt.left:
-                self._end(prompt)
-                newcomers += self._joining(prompt, events)
-        self._batch.join(newcomers)
+        for n in ended:
+            self._end(chosen[n])
+            self._announce(chosen[n], events)
+        finished = self._take(drawn, events)
+        for row in finished:
+            self._forget(row)
+        newcomers = [(row, chosen[n].cache or []) for row, n in rows if row not in finished]
+        if newcomers:
+            self._batch.join(newcomers)
         # A forward pass costs something however short it is.
         return max(count, SLICE_TOKENS[0])
 
-    def _choose(self, budget: int) -> list[Prompt]:
-        """The shortest, with others that are short too; the oldest at least every other time."""
-        ready = [prompt for prompt in self._prompts if prompt.behind is None]
-        oldest = ready[0]
-        first, *others = sorted(ready, key=lambda prompt: prompt.left)
-        if self._passed:
-            first, others = oldest, []
-        chosen = [first]
-        for prompt in others[: PREFILL_ROWS - 1]:
-            several = [*chosen, prompt]
-            too_much = len(several) * prompt.left > budget
-            stops = not self._prefixes.whole and prompt.row.length > SHORT_CELLS
-            if too_much or stops or not fit([p.row.length for p in several]):
-                break
-            chosen = several
-        self._passed = oldest not in chosen
-        return chosen
-
     def _begin(self, prompt: Prompt) -> None:
         """With the longest prefix that is known, and at most all tokens but the last."""
-        tokens = prompt.row.tokens
-        end = len(tokens) - 1
-        prompt.cache, prompt.cached = self._prefixes.find(tokens, self._room)
+        prompt.cache, prompt.cached = self._prefixes.find(prompt.row.tokens, self._room)
         prompt.done = prompt.cached
-        if end > prompt.done:
-            prompt.stops = [end]
-            if not self._prefixes.whole:
-                inner = borders(tokens, self.vocabulary.control)
-                first = prompt.done + SHORT_CELLS  # a state is large, and little prefilled soon
-                prompt.stops = [at for at in inner if first <= at < end] + [end]
+        control = None if self._prefixes.whole else self.vocabulary.control
+        prompt.stops = stops(prompt, control)
 
-    def _compute(self, chosen: list[Prompt], budget: int) -> int:
-        """The next tokens of these prompts; how many."""
-        parts = []
+    def _compute(self, chosen: list[Prompt], budget: int) -> tuple[int, mx.array]:
+        """The next tokens of these prompts: how many, and logits of what follows [prompts,
+        vocabulary], to be used where a prompt has ended."""
+        parts, left = [], tail(chosen)
         for prompt in chosen:
-            stop = min(prompt.done + budget, prompt.stops[0])
+            waited = [p.shared for p in self._prompts if p.behind is prompt]
+            last = prompt.row.length - left
+            ends = [end for end in (prompt.stops[0], last, *waited) if end > prompt.done]
+            stop = min(prompt.done + budget, *ends)
             parts.append(prompt.row.tokens[prompt.done : stop])
             prompt.done = stop
         caches = [prompt.cache or [] for prompt in chosen]
-        if len(chosen) > 1:
-            for prompt, cache in zip(
-                chosen, prefill_together(self._network, caches, parts), strict=True
-            ):
+        if len(chosen) == 1:
+            logits = prefill(self._network, caches[0], parts[0])
+        else:
+            caches, logits = prefill_together(self._network, caches, parts)
+            for prompt, cache in zip(chosen, caches, strict=True):
                 prompt.cache = cache
-        elif chosen:
-            prefill(self._network, caches[0], parts[0])
-        return sum(map(len, parts))
+        return sum(map(len, parts)), logits
 
-    def _joining(self, prompt: Prompt, events: list[StepEvent]) -> list[tuple[Row, Cache]]:
+    def _announce(self, prompt: Prompt, events: list[StepEvent]) -> None:
         for row in prompt.rows:
             row.cells = prompt.done
-            row.draw()
             if not row.announced:
                 row.announced = True
                 events.append(Prefilled(row.uid, prompt.cached if row is prompt.row else 0))
-        return [(row, prompt.cache or []) for row in prompt.rows]
 
     def _end(self, prompt: Prompt) -> None:
         self._prompts.remove(prompt)
         for other in self._prompts:
             if other.behind is prompt:
-                other.behind = None
+                self._wait(other)
 
     def _keep_prompt(self, prompt: Prompt) -> None:
-        if prompt.stops and prompt.done == prompt.stops[0]:
-            prompt.stops.pop(0)
-            tokens = prompt.row.tokens[: prompt.done]
-            self._prefixes.keep(tokens, prompt.cache or [], 0, self._room)
+        waiting = [p for p in self._prompts if p.behind is prompt and p.shared <= prompt.done]
+        stopped = bool(prompt.stops) and prompt.done == prompt.stops[0]
+        prompt.stops = prompt.stops[stopped:]
+        if (stopped and (self._prefixes.whole or prompt.left)) or waiting:
+            self._prefixes.keep(prompt.row.tokens[: prompt.done], prompt.cache or [], 0, self._room)
+        for other in waiting:
+            self._wait(other)
 
     def _keep_answer(self, row: Row) -> None:
         # Guessing may have left more in the cache than the answer has; a state must be exact.
-        if self._prefixes.on and (self._prefixes.whole or row.cells == row.length):
-            self._prefixes.keep(row.tokens, *self._batch.cache(row), self._room)
+        if self._prefixes.on and (self._prefixes.whole or row.cells <= row.length):
+            tokens = row.tokens[: row.cells]
+            self._prefixes.keep(tokens, *self._batch.cache(row), self._room)
 
     # Decoding.
 
     def _decode(self, events: list[StepEvent]) -> None:
+        start = time.perf_counter()
         try:
-            drawn = self._guess(events) or self._step()
+            drawn = self._guess(events) or self._step(start)
         except Exception as error:
             _raise_if_broken(error)
             self._recover(error, events)
             return
+        finished = self._take(drawn, events)
+        for row in finished:
+            self._keep_answer(row)
+            self._forget(row)
+        if finished:
+            self._batch.leave(finished)
+
+    def _take(self, drawn: list[Drawn], events: list[StepEvent]) -> list[Row]:
+        """Report tokens; the rows that end with theirs."""
         finished: list[Row] = []
         for row, token, report in drawn:
             if row in finished:
@@ -390,21 +407,13 @@ class MLXBackend:
                 finish = "stop"
             elif len(row.answer) == row.sequence.max_tokens:
                 finish = "length"
-            logprobs = None
-            if report is not None:
-                of_step, at = report
-                logprobs = of_step[at, row.sequence.params.logprobs or 0]
+            logprobs = report and report[0][report[1], row.sequence.params.logprobs or 0]
             events.append(TokenEvent(row.uid, token, finish, logprobs))
             if finish:
                 finished.append(row)
-        for row in finished:
-            self._keep_answer(row)
-            self._forget(row)
-        if finished:
-            self._batch.leave(finished)
+        return finished
 
-    def _step(self) -> list[Drawn]:
-        start = time.perf_counter()
+    def _step(self, start: float) -> list[Drawn]:
         drawn = self._batch.step()
         # What a step takes is seen in the next one, which waits for it.
         if len(self._batch.rows) == 1 and drawn and not self._guessed:
@@ -418,9 +427,13 @@ class MLXBackend:
         if row is None or self._prompts or self._waiting or not self._pays.worth:
             return []
         start = time.perf_counter()
-        most = row.sequence.max_tokens - len(row.answer) - 1
-        guess = self._propose(row, min(most, self._settings.draft_tokens))
+        most = min(row.sequence.max_tokens - len(row.answer) - 1, self._settings.draft_tokens)
+        more = self._draft.missing_bytes(row.length + most) if self._draft else 0
+        if self._kv_size(growth=most + 1) + more > self._kv_bytes:
+            return []
+        guess = self._propose(row, most)
         if not guess:
+            self._guessed = self._draft is not None  # it was reading: no plain step
             return []
         tokens = self._batch.verify(guess)
         self._guessed = True
@@ -447,6 +460,8 @@ class MLXBackend:
         rows = self._batch.rows
         suspects = [row for row in rows if not row.read] or rows
         self._batch = self._new_batch()
+        if self._draft:
+            self._draft.forget()
         survivors = [row for row in rows if row not in suspects]
         for row in survivors:
             self._forget(row)

@@ -2,7 +2,7 @@
 step, whatever their lengths and parameters.
 
 A step computes the next token of every row while the one before is read, so a row that ends has
-been computed once in vain. Each row's last prompt token is its first input.
+been computed once in vain. A row joins with the first token of its answer.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import mlx.core as mx
 from mlx_lm.models.cache import make_prompt_cache
 
 from . import Sequence
-from .mlx_cache import Cache, evaluate, extract, is_whole, merge, part, ragged
+from .mlx_cache import Cache, extract, is_whole, keep_rows, merge, part, ragged
 from .mlx_sampling import Drawing, Report, Sampler, draw
 
 SHORT_CELLS: Final = 256
@@ -36,15 +36,16 @@ class Row:
     cells: int = 0
     """Tokens in its KV cache."""
     read: bool = False
-    """Its next input is a token it has drawn, and not its prompt's last."""
+    """Its next input has not been reported yet: it was drawn in the step before."""
     announced: bool = False
     """Its `Prefilled` was sent."""
 
-    def draw(self) -> None:
+    def draw(self) -> Drawing:
         """Make it draw on from where it is."""
         s = self.sequence
         self.drawing = Drawing(self.sampler, s.params, s.prompt, self.answer, s.constraint)
         self.read = False
+        return self.drawing
 
     @property
     def uid(self) -> int:
@@ -57,33 +58,6 @@ class Row:
     @property
     def tokens(self) -> list[int]:
         return self.sequence.prompt + self.answer
-
-
-@dataclass(slots=True, eq=False)
-class Prompt:
-    """A row before it joins: all its tokens but the last are prefilled."""
-
-    row: Row
-    followers: list[Row] = field(default_factory=list)
-    """Rows with the same prompt, which begin with copies of its cache."""
-    cache: Cache | None = None
-    """None: not begun."""
-    done: int = 0
-    """Tokens in the cache, or that the prefix cache was seen to have."""
-    cached: int = 0
-    """Those of them that came from there."""
-    stops: list[int] = field(default_factory=list)
-    """Where it will be kept as a prefix; the last is its end."""
-    behind: Prompt | None = None
-    """It waits for what that one is computing for both."""
-
-    @property
-    def rows(self) -> list[Row]:
-        return [self.row, *self.followers]
-
-    @property
-    def left(self) -> int:
-        return self.row.length - 1 - self.done
 
 
 Drawn = tuple[Row, int, tuple[Report, int] | None]
@@ -114,8 +88,9 @@ class _Group:
         if len(rows) == 1:
             self.cache = extract(self.cache, rows[0])
         else:
-            for layer in self.cache:
-                layer.filter(rows)
+            lengths = self.lengths
+            unused = max(lengths) - max(lengths[n] for n in rows)
+            keep_rows(self.cache, rows, unused)
         self.rows = [self.rows[n] for n in rows]
 
 
@@ -125,13 +100,15 @@ def fit(lengths: Collection[int]) -> bool:
     return longest <= SHORT_CELLS or sum(lengths) >= (1 - MAX_PADDING) * len(lengths) * longest
 
 
-def place(groups: list[list[int]], length: int, *, split: bool) -> None:
-    """Add the length to the group where it takes the least padding, or to a new one."""
-    fitting = [g for g in groups if not split or fit([*g, length])]
-    if fitting:
-        min(fitting, key=lambda g: abs(max(g) - length)).append(length)
-    else:
+def place(groups: list[list[int]], length: int, *, split: bool) -> int:
+    """Add the length to the group where it takes the least padding, or to a new one; which."""
+    fitting = [n for n, g in enumerate(groups) if not split or fit([*g, length])]
+    if not fitting:
         groups.append([length])
+        return len(groups) - 1
+    best = min(fitting, key=lambda n: abs(max(groups[n]) - length))
+    groups[best].append(length)
+    return best
 
 
 class Batch:
@@ -157,18 +134,21 @@ class Batch:
         return 1 - sum(map(sum, lengths)) / cells if cells else 0.0
 
     def join(self, newcomers: list[tuple[Row, Cache]]) -> None:
-        """Rows whose cache holds all their tokens but the last."""
+        """Rows whose cache holds all their tokens but the last, which was reported."""
+        lengths = [group.lengths for group in self._groups]
+        joining: list[list[tuple[Row, Cache]]] = [[] for _ in lengths]
         for row, cache in newcomers:
-            lengths = [group.lengths for group in self._groups]
-            place(lengths, row.cells, split=self._split)
-            if len(lengths) > len(self._groups):
-                self._groups.append(_Group([row], cache))
-                continue
-            for group, now in zip(self._groups, lengths, strict=True):
-                if len(now) > len(group.rows):
-                    group.add([row], merge([cache]))
+            at = place(lengths, row.cells, split=self._split)
+            joining += [[]] * (at == len(joining))
+            joining[at] = [*joining[at], (row, cache)]
+        for at, new in enumerate(joining):
+            rows, caches = [row for row, _ in new], [cache for _, cache in new]
+            if at >= len(self._groups):
+                self._groups.append(_Group(rows, merge(caches) if len(rows) > 1 else caches[0]))
+            elif rows:
+                self._groups[at].add(rows, merge(caches))
         self._unite()
-        self._reorder({row: row.tokens[-1] for row, _ in newcomers})
+        self._reorder([row for row, _ in newcomers])
 
     def _unite(self) -> None:
         """Rows of different groups have grown, and lengths that differed once are alike now."""
@@ -186,17 +166,19 @@ class Batch:
             else:
                 group.rows = []
         self._groups = [group for group in self._groups if group.rows]
-        self._reorder({})
+        self._reorder([])
 
-    def _reorder(self, tokens: dict[Row, int]) -> None:
-        """After the groups have changed; with the input of each new row."""
+    def _reorder(self, newcomers: list[Row]) -> None:
+        """After the groups have changed."""
         rows = [row for group in self._groups for row in group.rows]
-        before = {row: n for n, row in enumerate([*self.rows, *tokens])}
-        inputs = mx.concatenate([self._inputs, mx.array(list(tokens.values()), dtype=mx.uint32)])
-        reports = [*self._reports, *([None] * len(tokens))]
+        before = {row: n for n, row in enumerate([*self.rows, *newcomers])}
+        new = mx.array([row.tokens[-1] for row in newcomers], dtype=mx.uint32)
+        inputs = mx.concatenate([self._inputs, new])
+        reports = [*self._reports, *([None] * len(newcomers))]
         order = [before[row] for row in rows]
         self.rows = rows
         self._inputs = inputs[mx.array(order, dtype=mx.uint32)]
+        mx.async_eval(self._inputs)  # before the next step is queued, which reads them
         self._reports = [reports[n] for n in order]
 
     def cache(self, row: Row) -> tuple[Cache, int]:
@@ -266,26 +248,3 @@ class Batch:
         row.drawing.sampler.drawn += right + 1
         self._inputs = mx.array(drawn[right : right + 1], dtype=mx.uint32)
         return tokens[: right + 1]
-
-
-def prefill(model: Any, cache: Cache, tokens: list[int]) -> None:
-    model(mx.array([tokens]), cache=cache)
-    evaluate(cache)
-
-
-def prefill_together(model: Any, caches: list[Cache], prompts: list[list[int]]) -> list[Cache]:
-    """Their caches with the prompts, which differ in length, added."""
-    lengths = [len(prompt) for prompt in prompts]
-    longest = max(lengths)
-    padding = [longest - length for length in lengths]
-    merged = merge(caches)
-    if any(padding):
-        for layer in merged:
-            layer.prepare(lengths=lengths, right_padding=padding)
-    padded = [p + [0] * n for p, n in zip(prompts, padding, strict=True)]
-    model(mx.array(padded), cache=merged)
-    if any(padding):
-        for layer in merged:
-            layer.finalize()
-    evaluate(merged)
-    return [extract(merged, n) for n in range(len(caches))]

@@ -14,7 +14,14 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_map
 from mlx_lm.models import base
-from mlx_lm.models.cache import BatchKVCache, CacheList, KVCache, make_prompt_cache
+from mlx_lm.models import cache as mlx_lm_cache
+from mlx_lm.models.cache import (
+    BatchKVCache,
+    CacheList,
+    KVCache,
+    RotatingKVCache,
+    make_prompt_cache,
+)
 
 from ..kv_cache import STEP_TOKENS
 
@@ -36,6 +43,11 @@ def _leaves(cache: Iterable[Any]) -> Iterator[Any]:
 
 def can_merge(cache: Cache) -> bool:
     return all(hasattr(leaf, "merge") for leaf in _leaves(cache))
+
+
+def can_save(cache: Cache) -> bool:
+    """mlx-lm finds only its own classes again."""
+    return all(type(leaf).__module__ == mlx_lm_cache.__name__ for leaf in _leaves(cache))
 
 
 def is_whole(cache: Cache) -> bool:
@@ -73,7 +85,16 @@ def state(cache: Cache) -> State:
 
 def _copy(leaf: Any) -> Any:
     new = copy.copy(leaf)
-    new.state = tree_map(lambda x: mx.contiguous(x) if isinstance(x, mx.array) else x, leaf.state)
+    if (
+        type(leaf) is RotatingKVCache
+        and not leaf.keep
+        and leaf.size()
+        and leaf.keys.shape[2] > leaf.max_size
+    ):
+        # A slice of a prompt is there whole until the next token comes.
+        new.keys, new.values = (a[:, :, -leaf.max_size :] for a in (leaf.keys, leaf.values))
+        new._idx = leaf.max_size
+    new.state = tree_map(lambda x: mx.contiguous(x) if isinstance(x, mx.array) else x, new.state)
     return new
 
 
@@ -93,11 +114,18 @@ def restored(model: Any, pieces: Sequence[tuple[Piece, int]], state: State | Non
             continue
         parts = [[a[:, :, :n] for a in piece[number]] for piece, n in pieces if n]
         if parts:
-            leaf.keys = mx.concatenate([keys for keys, _ in parts], axis=2)
-            leaf.values = mx.concatenate([values for _, values in parts], axis=2)
-            leaf.offset = leaf.keys.shape[2]
+            leaf.keys = _joined([keys for keys, _ in parts])
+            leaf.values = _joined([values for _, values in parts])
+            leaf.offset = sum(n for _, n in pieces)
         number += 1
-    return _with_room(cache)
+    return cache
+
+
+def _joined(parts: list[mx.array]) -> mx.array:
+    """With room as `_with_room` makes it, in one copy."""
+    length, (rows, heads, _, size) = sum(part.shape[2] for part in parts), parts[0].shape
+    room = mx.zeros((rows, heads, STEP_TOKENS - length % STEP_TOKENS, size), parts[0].dtype)
+    return mx.concatenate([*parts, room], axis=2)
 
 
 def merge(caches: list[Cache]) -> Cache:
@@ -118,6 +146,27 @@ def _with_room(cache: Cache) -> Cache:
             width = [(0, 0), (0, 0), (0, spare), (0, 0)]
             leaf.keys, leaf.values = mx.pad(leaf.keys, width), mx.pad(leaf.values, width)
     return cache
+
+
+def keep_rows(cache: Cache, rows: list[int], unused: int) -> None:
+    """Take the other rows out, and the first `unused` cells, which only they have used."""
+    for leaf in _leaves(cache):
+        if type(leaf) is BatchKVCache and leaf.keys is not None:
+            # mlx-lm's own gathers by index, which on a CPU takes 20 times as long as to copy, and
+            # waits for the step under way.
+            leaf.keys = _taken(leaf.keys[:, :, unused:], rows)
+            leaf.values = _taken(leaf.values[:, :, unused:], rows)
+            leaf.offset = leaf.offset[rows]
+            leaf.left_padding = leaf.left_padding[rows] - unused
+            leaf._idx -= unused
+        else:
+            leaf.filter(rows)
+
+
+def _taken(array: mx.array, rows: list[int]) -> mx.array:
+    starts = [n for n, row in enumerate(rows) if not n or row != rows[n - 1] + 1]
+    runs = zip(starts, [*starts[1:], len(rows)], strict=True)
+    return mx.concatenate([array[rows[a] : rows[b - 1] + 1] for a, b in runs])
 
 
 def part(cache: Cache, row: int) -> Cache:

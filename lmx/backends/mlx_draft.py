@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from pathlib import Path
 from typing import Final
 
@@ -11,9 +12,10 @@ from mlx_lm.models.cache import make_prompt_cache
 from ..config import EngineSettings
 from ..errors import ModelLoadFailed
 from . import Vocabulary
-from .mlx_batch import prefill
 from .mlx_cache import is_whole
 from .mlx_model import MLXModel
+from .mlx_prefill import prefill
+from .prefix_tree import common
 
 CATCH_UP_TOKENS: Final = 256
 """Of the text before the one to guess, read at a time."""
@@ -34,24 +36,33 @@ class DraftModel:
         self._kv_cache = model.kv_cache
         self._cache = make_prompt_cache(self._network)
         self._cached: list[int] = []
+        self._most = 0
+        """Tokens its cache has grown to: trimmed, it takes as much as before."""
         if not is_whole(self._cache):
             raise ModelLoadFailed(f"draft model {path}: its KV cache cannot take back tokens")
 
     @property
     def kv_bytes(self) -> int:
-        return self._kv_cache.bytes(len(self._cached))
+        return self._kv_cache.bytes(self._most)
+
+    def missing_bytes(self, tokens: int) -> int:
+        """What its KV cache would grow by for a text of so many."""
+        return max(0, self._kv_cache.bytes(tokens) - self.kv_bytes)
+
+    def forget(self) -> None:
+        """What it has read, and give back the memory."""
+        self._cache = make_prompt_cache(self._network)
+        self._cached, self._most = [], 0
 
     def propose(self, tokens: list[int], most: int) -> list[int]:
         """How the text goes on; nothing while there is too much of it to be read first."""
-        same = next(
-            (i for i, (a, b) in enumerate(zip(self._cached, tokens, strict=False)) if a != b),
-            min(len(self._cached), len(tokens)),
-        )
-        same = min(same, len(tokens) - 1)
+        same = common(array("i", self._cached), tokens, 0, len(tokens) - 1)
         for layer in self._cache:
             layer.trim(len(self._cached) - same)
         self._cached = tokens[:-1]
         unread = tokens[same:-1]
+        read = len(tokens) + most - 1 if len(unread) <= CATCH_UP_TOKENS else same + CATCH_UP_TOKENS
+        self._most = max(self._most, read)
         if len(unread) > CATCH_UP_TOKENS:
             self._cached = tokens[: same + CATCH_UP_TOKENS]
             prefill(self._network, self._cache, unread[:CATCH_UP_TOKENS])

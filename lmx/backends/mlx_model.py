@@ -51,8 +51,8 @@ class MLXModel:
         self.tool_parser = parser if isinstance(parser, str) else None
         own = folder.context_length or FALLBACK_CONTEXT_LENGTH
         self.context_length = min(own, settings.context_length or own)
-        weights = sorted(path.glob("*.safetensors"))
-        changed = " ".join(f"{file.stat().st_size} {file.stat().st_mtime_ns}" for file in weights)
+        files = [path / "config.json", *sorted(path.glob("*.safetensors"))]
+        changed = " ".join(f"{file.stat().st_size} {file.stat().st_mtime_ns}" for file in files)
         self.name = f"{path.resolve()}\n{ENGINE} {changed}"
         """The path, and what KV caches of it depend on."""
 

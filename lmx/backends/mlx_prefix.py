@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from functools import partial
@@ -17,6 +18,7 @@ from .mlx_cache import (
     Cache,
     Piece,
     State,
+    can_save,
     cut,
     evaluate,
     is_whole,
@@ -27,6 +29,8 @@ from .mlx_cache import (
     state_bytes,
 )
 from .prefix_tree import PrefixTree
+
+logger = logging.getLogger(__name__)
 
 
 class Prefixes:
@@ -44,9 +48,10 @@ class Prefixes:
         most = settings.prefix_cache_bytes
         self._most = sys.maxsize if most is None else most
         self._disk: PrefixFolder | None = None
-        if settings.prefix_disk_bytes and self._most:
+        self._disk_bytes = settings.prefix_disk_bytes
+        if self._disk_bytes and self._most and can_save(make_prompt_cache(network)):
             folder = Path(settings.prefix_disk_dir)
-            self._disk = PrefixFolder(folder, name, settings.prefix_disk_bytes)
+            self._disk = PrefixFolder(folder, name, self._disk_bytes)
 
     @property
     def bytes(self) -> int:
@@ -60,7 +65,8 @@ class Prefixes:
 
     def known(self, tokens: list[int]) -> int:
         """How many of the first are in memory, all but the last at most."""
-        return min(self._tree.known(tokens), len(tokens) - 1) if self.on else 0
+        most = len(tokens) - 1 if self.on else 0
+        return self._tree.known(tokens, most, stateful=not self.whole)
 
     def find(self, tokens: list[int], room: int) -> tuple[Cache, int]:
         """A new cache with as many of the first tokens as are known, and their number: at most all
@@ -74,15 +80,21 @@ class Prefixes:
     def keep(self, tokens: list[int], cache: Cache, padding: int, room: int) -> None:
         """What the cache, a sequence's own, holds of these tokens behind so much padding; unless
         that is more than `room` bytes."""
-        if not self.on:
-            return
         known = self._tree.known(tokens)
-        if self._kv_cache.bytes(len(tokens) - known) > min(room, self._most):
+        if not (self.on and self._holds(len(tokens) - known, room)):
             return
-        here = None if self.whole else state(cache)
-        new = piece(cache, padding + known, padding + len(tokens))
-        self._tree.put(tokens, known, new, here)
+        try:
+            here = None if self.whole else state(cache)
+            new = piece(cache, padding + known, padding + len(tokens))
+            self._tree.put(tokens, known, new, here)
+        except Exception as error:
+            if "[METAL]" in str(error):
+                raise
+            logger.warning("A prefix is not kept: %s", error)  # the answer does not need it
         self.evict(room)
+
+    def _holds(self, tokens: int, room: int) -> bool:
+        return self._kv_cache.bytes(tokens) <= min(room, self._most)
 
     def _read(self, tokens: list[int], most: int, known: int, room: int) -> bool:
         assert self._disk
@@ -90,6 +102,8 @@ class Prefixes:
         if stored is None:
             return False
         path, held = stored
+        if not self._holds(len(held), room):
+            return False
         try:
             # MLX tells the format by the end of the name that the file says it has.
             with open(".safetensors", "rb", opener=lambda _, flags: os.open(path, flags)) as file:
@@ -101,12 +115,18 @@ class Prefixes:
         return True
 
     def save(self) -> None:
-        """To disk, as far as that is wanted: what was used last first."""
+        """To disk, as far as that is wanted: of what was used last as much as fits."""
         if not self.on or not self._disk:
             return
+        left, chosen = self._disk_bytes, []
         for tokens, pieces, here in self._tree.paths():
             lengths = [p[0][0].shape[2] if p else 0 for p in pieces]
             cache = restored(self._network, list(zip(pieces, lengths, strict=True)), here)
+            if (size := sum(layer.nbytes for layer in cache)) <= left:
+                left -= size
+                chosen.append((tokens, cache))
+        while chosen:  # the last first: of two files the folder gives up the one written earlier
+            tokens, cache = chosen.pop()
             self._disk.add(tokens, partial(_write, cache))
 
 

@@ -6,6 +6,7 @@ prompt's length, and compared is in C.
 
 from __future__ import annotations
 
+import sys
 from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -68,11 +69,7 @@ class PrefixTree(Generic[P, S]):
     def find(self, tokens: list[int], most: int, *, stateful: bool) -> Found[P, S]:
         """The longest prefix known, of at most `most` tokens; with `stateful` among those that end
         in a state. It counts as used."""
-        path, length = self._walk(tokens, most)
-        end = sum(len(node.tokens) for node in path)
-        while stateful and path and (end > length or path[-1].state is None):
-            end -= len(path.pop().tokens)
-            length = end
+        path, length, end = self._longest(tokens, most, stateful)
         pieces = [(node.piece, len(node.tokens)) for node in path]
         state = None
         if path:
@@ -81,9 +78,9 @@ class PrefixTree(Generic[P, S]):
             self._touch(path[-1], state)
         return Found(length, pieces, state.value if state else None)
 
-    def known(self, tokens: list[int]) -> int:
-        """Length of the longest prefix, whatever its states. It does not count as used."""
-        return self._walk(tokens, len(tokens))[1]
+    def known(self, tokens: list[int], most: int = sys.maxsize, *, stateful: bool = False) -> int:
+        """The length of what `find` would find. It does not count as used."""
+        return self._longest(tokens, most, stateful)[1]
 
     def put(self, tokens: list[int], start: int, piece: P, state: S | None = None) -> None:
         """Keep what was computed for `tokens[start:]`, all before being known, and the state at
@@ -93,11 +90,11 @@ class PrefixTree(Generic[P, S]):
             raise ValueError(f"tokens up to {start} are not known, only up to {length}")
         node = path[-1] if path else None
         beyond = sum(len(n.tokens) for n in path) - length
+        if start < length < len(tokens):
+            piece = self._cut(piece, length - start, len(tokens) - start)
         if node and beyond and (length < len(tokens) or state is not None):
             node = self._split(node, len(node.tokens) - beyond)
         if length < len(tokens):
-            if length > start:
-                piece = self._cut(piece, length - start, len(tokens) - start)
             new = _Node[P, S](array("i", tokens[length:]), piece, node)
             self._children(node)[tokens[length]] = node = new
             self.bytes += self._size(piece)
@@ -134,6 +131,17 @@ class PrefixTree(Generic[P, S]):
     def _children(self, node: _Node[P, S] | None) -> dict[int, _Node[P, S]]:
         return node.children if node else self._roots
 
+    def _longest(
+        self, tokens: list[int], most: int, stateful: bool
+    ) -> tuple[list[_Node[P, S]], int, int]:
+        """The nodes of the longest prefix known, its length, and where the last node ends."""
+        path, length = self._walk(tokens, most)
+        end = sum(len(node.tokens) for node in path)
+        while stateful and path and (end > length or path[-1].state is None):
+            end -= len(path.pop().tokens)
+            length = end
+        return path, length, end
+
     def _walk(self, tokens: list[int], most: int) -> tuple[list[_Node[P, S]], int]:
         """The nodes along the prompt, of which the last may match in part, and what matches."""
         path: list[_Node[P, S]] = []
@@ -161,10 +169,12 @@ class PrefixTree(Generic[P, S]):
     def _split(self, node: _Node[P, S], at: int) -> _Node[P, S]:
         """The new node above it, with its first `at` tokens; to be touched."""
         whole, length = node.piece, len(node.tokens)
-        upper = _Node[P, S](node.tokens[:at], self._cut(whole, 0, at), node.parent)
+        # Cutting may fail for want of memory, and must leave the tree as it was.
+        first, rest = self._cut(whole, 0, at), self._cut(whole, at, length)
+        upper = _Node[P, S](node.tokens[:at], first, node.parent)
         self._children(node.parent)[node.tokens[0]] = upper
         upper.children[node.tokens[at]] = node
-        node.tokens, node.piece = node.tokens[at:], self._cut(whole, at, length)
+        node.tokens, node.piece = node.tokens[at:], rest
         node.parent = upper
         self.bytes += self._size(upper.piece) + self._size(node.piece) - self._size(whole)
         return upper
