@@ -1,96 +1,97 @@
-"""The command line: `python -m lmx [serve] ...`, `... bench ...`, `... convert ...`.
-
-Exit codes: 0 done, 1 a fatal error, 2 a bad flag or configuration.
-"""
+"""The command line: arguments, and the way to what each command runs, imported only then."""
 
 from __future__ import annotations
 
 import argparse
-import asyncio
-import errno
-import logging
-import re
-import signal
-import socket
+import os
 import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from types import FrameType
-from typing import Any
-
-import anyio
-import uvicorn
+from typing import Any, Final
 
 from . import __version__
-from .app import create_app
-from .bench import add_arguments, bench
-from .config import Config, load_config
-from .convert import convert
-from .errors import ConfigError, LMXError
-from .inference import InferenceQueue
+from .config import DEFAULT_FILE, Config, load_config
+from .errors import ConfigError, LMXError, Unreachable
 
-KEEP_ALIVE_SECONDS = 75
-"""Longer than any client's pool keeps an idle connection: the client is the one to close."""
+EPILOG: Final = """\
+All from ps to chat ask a running server, and so do status and doctor. They take
+  --url URL          default: this machine's, on the configuration's port
+  --admin-key KEY    default: LMX_ADMIN_KEY of the environment, or the configuration's admin_key
+  --json             print JSON
 
-SHUTDOWN_MARGIN_SECONDS = 5
-"""From failing what still runs to cutting the connections."""
+exit codes: 0 done, 1 an error or "no", 2 a bad flag or configuration, 3 no server answers,
+            130 Ctrl-C
+"""
+GLOBAL_FLAGS: Final = {"-h", "--help", "-V", "--version"}
+LMS_LOAD: Final = {
+    "--identifier": "set `aliases` in the configuration",
+    "-c --context-length": "set `models: MODEL: engine: context_length` in the configuration",
+    "--parallel": "set `models: MODEL: engine: parallel` in the configuration",
+}
+"""Flags of LM Studio's `lms load` that are settings here."""
 
 
 def main(argv: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else argv
-    if not arguments or (arguments[0].startswith("-") and arguments[0] not in _GLOBAL_FLAGS):
+    if not arguments or (arguments[0].startswith("-") and arguments[0] not in GLOBAL_FLAGS):
         arguments = ["serve", *arguments]
-    options = _parser().parse_args(arguments)
+    options = parser(arguments[0]).parse_args(arguments)
     try:
-        if options.command == "convert":
-            convert(options.source, options.target)
-            return _say(f"wrote {options.target}", 0)
-        if options.command == "bench":
-            bench(options)
-            return 0
-        read_config = partial(_config, options)
-        return _serve(read_config(), read_config)
+        code = _run(options)
+        sys.stdout.flush()
+        return code
     except ConfigError as error:
         return _say(str(error), 2)
     except LMXError as error:
-        return _say(error.message, 1)
+        return _say(error.message, 3 if isinstance(error, Unreachable) else 1)
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # `lmx ls | head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is still to be flushed
+        return 1
 
 
-_GLOBAL_FLAGS = {"-h", "--help", "--version"}
+def _run(options: argparse.Namespace) -> int:
+    match options.command:
+        case "serve":
+            from .reload import ConfigFile
+            from .serve import serve
+
+            path = options.config or DEFAULT_FILE.expanduser()
+            return serve(ConfigFile(path, partial(_config, options)))
+        case "bench":
+            from .bench import bench
+
+            bench(options)
+            return 0
+        case "convert":
+            from .convert import convert
+
+            convert(options.source, options.target)
+            return _say(f"wrote {options.target}", 0)
+        case "doctor":
+            from .doctor import doctor
+
+            return doctor(options)
+        case "install" | "uninstall" | "status":
+            from . import launchd
+
+            run: Callable[[argparse.Namespace], int] = getattr(launchd, options.command)
+            return run(options)
+        case "completion":
+            from .completion import completion
+
+            return completion(options, parser)
+        case _:
+            from .cli import COMMANDS
+
+            return COMMANDS[options.command](options)
 
 
 def _say(message: str, code: int) -> int:
     (sys.stderr if code else sys.stdout).write(f"lmx: {message}\n")
     return code
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="lmx", description="Serve local LLMs over the OpenAI API.", allow_abbrev=False
-    )
-    parser.add_argument("--version", action="version", version=f"lmx {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    serve = commands.add_parser("serve", help="serve the models on disk (the default command)")
-    serve.add_argument(
-        "--config",
-        type=Path,
-        metavar="PATH",
-        help="YAML file (default: ~/.opta-lmx/config.yaml if there is one)",
-    )
-    serve.add_argument("--host", help="address to listen on (default: 127.0.0.1)")
-    serve.add_argument("--port", type=int, help="port to listen on (default: 1234)")
-    serve.add_argument(
-        "--models-dir",
-        metavar="DIR",
-        help="folder of publisher/repo/ model folders (default: ~/.opta-lmx/models)",
-    )
-    serve.add_argument("--log-level", metavar="L", help="debug, info (default), warning or error")
-    add_arguments(commands.add_parser("bench", help="measure how fast a server or an engine is"))
-    converter = commands.add_parser("convert", help="make an MLX folder from a llama GGUF file")
-    converter.add_argument("source", type=Path, metavar="FILE.gguf")
-    converter.add_argument("target", type=Path, metavar="OUT")
-    return parser
 
 
 def _config(options: argparse.Namespace) -> Config:
@@ -104,101 +105,152 @@ def _config(options: argparse.Namespace) -> Config:
     return config
 
 
-def _serve(config: Config, read_config: Callable[[], Config]) -> int:
-    output = logging.StreamHandler()
-    output.setFormatter(OneLine("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    logging.basicConfig(level=config.log_level.upper(), handlers=[output])
-    logging.getLogger("uvicorn").setLevel(logging.WARNING)
-    try:
-        listener = _listen(config.host, config.port)
-    except OSError as error:
-        why = (
-            "the port is taken, by LM Studio perhaps: stop that, or choose another with --port"
-            if error.errno == errno.EADDRINUSE
-            else error.strerror or str(error)
+class Command(argparse.ArgumentParser):
+    """Its help is short: the usage has the positional arguments already."""
+
+    def format_help(self) -> str:
+        formatter = self._get_formatter()
+        formatter.add_usage(self.usage, self._actions, self._mutually_exclusive_groups)
+        formatter.add_text(self.description)
+        formatter.start_section(None)
+        formatter.add_arguments(self._optionals._group_actions)
+        formatter.end_section()
+        return formatter.format_help().replace("\n\n", "\n")
+
+
+def parser(only: str | None = None) -> argparse.ArgumentParser:
+    """Of all commands; with the arguments of `only` this one, where asking for them takes long."""
+    format = partial(argparse.RawDescriptionHelpFormatter, max_help_position=26)
+    top = argparse.ArgumentParser(
+        prog="lmx",
+        description="Serve local LLMs over the OpenAI API.",
+        epilog=EPILOG,
+        formatter_class=format,
+        allow_abbrev=False,
+    )
+    top.add_argument("-V", "--version", action="version", version=f"lmx {__version__}")
+    commands = top.add_subparsers(
+        dest="command", required=True, metavar="COMMAND", title="commands", parser_class=Command
+    )
+    common = Command(add_help=False)
+    common.add_argument("-h", "--help", action="help", help=argparse.SUPPRESS)
+    client = Command(add_help=False)
+    client.add_argument("--url", help=argparse.SUPPRESS)
+    client.add_argument("--admin-key", help=argparse.SUPPRESS)
+    client.add_argument("--json", action="store_true", help=argparse.SUPPRESS)
+
+    def add(name: str, help: str, *parents: Command) -> Command:
+        return commands.add_parser(
+            name,
+            help=help,
+            description=f"{help[0].upper()}{help[1:]}.",
+            parents=[common, *parents],
+            add_help=False,
+            formatter_class=format,
+            allow_abbrev=False,
         )
-        return _say(f"cannot listen on {config.host}:{config.port}: {why}", 1)
-    queue = InferenceQueue(config)
-    server = Server(
-        uvicorn.Config(
-            create_app(config, queue, read_config=read_config),
-            # httptools is 4 us a token faster, but drops the body of a request that offers h2c, as
-            # Java's client does, and limits no header; uvloop saves nothing with many streams.
-            http="h11",
-            loop="asyncio",
-            ws="none",
-            lifespan="on",
-            log_config=None,
-            access_log=False,
-            proxy_headers=False,
-            server_header=False,
-            timeout_keep_alive=KEEP_ALIVE_SECONDS,
-            timeout_graceful_shutdown=int(config.shutdown_grace_seconds) + SHUTDOWN_MARGIN_SECONDS,
-        ),
-        queue,
-        config.shutdown_grace_seconds,
+
+    serve = add("serve", "serve the models on disk (the default command)")
+    serve.add_argument(
+        "--config", type=Path, metavar="PATH", help=f"YAML file (default: {DEFAULT_FILE})"
     )
-    logging.getLogger("lmx").info("serving on http://%s:%d", *listener.getsockname()[:2])
-    server.run(sockets=[listener])
-    return 0 if server.started and not server.broken else 1
-
-
-class OneLine(logging.Formatter):
-    """Keeps names and errors from outside from writing lines of their own, or to the terminal."""
-
-    def formatMessage(self, record: logging.LogRecord) -> str:
-        record.message = re.sub(r"[\0-\x1f\x7f]", lambda c: repr(c[0])[1:-1], record.message)
-        return super().formatMessage(record)
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    [(family, kind, protocol, _, address), *_] = socket.getaddrinfo(
-        host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+    serve.add_argument("--host", help="address to listen on (default: 127.0.0.1)")
+    serve.add_argument("--port", type=int, help="port to listen on (default: 1234)")
+    serve.add_argument(
+        "--models-dir",
+        metavar="DIR",
+        help="folder of publisher/repo/ model folders (default: ~/.opta-lmx/models)",
     )
-    listener = socket.socket(family, kind, protocol)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind(address)
-        listener.listen(2048)
-    except OSError:
-        listener.close()
-        raise
-    return listener
+    serve.add_argument("--log-level", metavar="L", help="debug, info (default), warning or error")
+
+    add("ps", "list the models in memory", client)
+    add("ls", "list the models on disk and the downloads that run", client)
+    load = add("load", "load a model and keep it in memory", client)
+    load.add_argument("model", metavar="MODEL")
+    load.add_argument(
+        "--ttl",
+        type=float,
+        metavar="SECONDS",
+        help="unload it after so long without work (default: never)",
+    )
+    # What LM Studio's `lms load` has besides.
+    load.add_argument("-y", "--yes", "--exact", action="store_true", help=argparse.SUPPRESS)
+    load.add_argument("--gpu", choices=["max", "auto", "1", "1.0"], help=argparse.SUPPRESS)
+    for flags, instead in LMS_LOAD.items():
+        load.add_argument(*flags.split(), type=_refused(instead), help=argparse.SUPPRESS)
+    unload = add("unload", "unload a model when nobody uses it", client)
+    unload.add_argument("model", metavar="MODEL", nargs="?")
+    unload.add_argument("-a", "--all", action="store_true", help="all models")
+    unload.add_argument("--force", action="store_true", help="fail the requests that use it")
+    get = add("get", "download a model from Hugging Face, or list the downloads", client)
+    get.add_argument("repo", metavar="ORG/REPO", nargs="?")
+    get.add_argument(
+        "--quant", metavar="Q", help="of a GGUF repo, such as q4_k_m; ORG/REPO@Q is the same"
+    )
+    get.add_argument("--revision", metavar="R", help="branch, tag or commit (default: main)")
+    get.add_argument("--cancel", action="store_true", help="stop it and remove what has come")
+    get.add_argument("-y", "--yes", action="store_true", help=argparse.SUPPRESS)  # as in lms
+    verify = add("verify", "hash a downloaded model's files again", client)
+    verify.add_argument("model", metavar="MODEL")
+    rm = add("rm", "unload a model and delete its files, in LMX's own folder only", client)
+    rm.add_argument("model", metavar="MODEL")
+    rm.add_argument("-y", "--yes", action="store_true", help="do not ask")
+    pin = add("pin", "never unload a model but by hand", client)
+    pin.add_argument("model", metavar="MODEL")
+    pin.add_argument("--off", action="store_true", help="take the pin off")
+    logs = add("logs", "print the server's log", client)
+    logs.add_argument("-f", "--follow", action="store_true", help="go on with what comes")
+    logs.add_argument(
+        "-n", type=int, default=200, metavar="N", dest="lines", help="last lines (default: 200)"
+    )
+    server = add("server", "see, start in the background, or stop the server", client)
+    server.add_argument("action", choices=["status", "start", "stop"])
+    server.add_argument("--port", type=int, help="instead of the configuration's")
+    server.add_argument("--bind", metavar="HOST", help="for start: the --host of lmx serve")
+    chat = add("chat", "talk to a model, or ask it one question, by stdin too", client)
+    chat.add_argument("model", metavar="MODEL")
+    chat.add_argument("prompt", metavar="PROMPT", nargs="?")
+    config = add("config", "check a configuration and print what differs from the defaults")
+    config.add_argument("action", choices=["check"])
+    config.add_argument(
+        "--config", type=Path, metavar="PATH", help=f"YAML file (default: {DEFAULT_FILE})"
+    )
+    config.add_argument("--json", action="store_true", help=argparse.SUPPRESS)
+    doctor = add("doctor", "look for what is wrong with this machine and say what to do", client)
+    doctor.add_argument(
+        "--config", type=Path, metavar="PATH", help=f"YAML file (default: {DEFAULT_FILE})"
+    )
+
+    bench = add("bench", "measure how fast a server or an engine is")
+    if only in (None, "bench"):
+        from .bench import add_arguments
+
+        add_arguments(bench)
+    convert = add("convert", "make an MLX folder from a llama GGUF file")
+    convert.add_argument("source", type=Path, metavar="FILE.gguf")
+    convert.add_argument("target", type=Path, metavar="OUT")
+    install = add("install", "install LMX as a launchd daemon")
+    uninstall = add("uninstall", "stop the launchd daemon and remove it")
+    if only in (None, "install", "uninstall"):
+        from .launchd import add_arguments as add_install
+        from .launchd import add_dry_run
+
+        add_install(install)
+        add_dry_run(uninstall)
+    add("status", "tell whether the daemon is installed, runs and answers", client)
+    completion = add("completion", "print a shell's completion script; how to use it is in it")
+    completion.add_argument(
+        "shell", choices=["bash", "zsh", "fish", "words"], metavar="{bash,zsh,fish}"
+    )
+    completion.add_argument("words", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    return top
 
 
-class Server(uvicorn.Server):
-    """uvicorn, except that a signal ends it with exit code 0 and streams get a last event."""
+def _refused(instead: str) -> Callable[[str], str]:
+    def refuse(value: str) -> str:
+        raise argparse.ArgumentTypeError(f"not a flag here: {instead}")
 
-    def __init__(self, config: uvicorn.Config, queue: InferenceQueue, grace: float) -> None:
-        super().__init__(config)
-        self._queue = queue
-        self._grace = grace
-        self._stopping: asyncio.AbstractEventLoop | None = None
-        self.broken = False
-        """What lives as long as the application has ended before it: launchd must start anew."""
-
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        # uvicorn's own raises the signal again when it is done: a death by signal to launchd.
-        self.should_exit = True
-        if self._stopping is not None and sig == signal.SIGINT:
-            self._stopping.call_soon_threadsafe(self._queue.abort)  # no grace after a second Ctrl-C
-
-    async def on_tick(self, counter: int) -> bool:
-        # uvicorn would go on to serve an application that has nothing left to answer with.
-        self.broken = bool(getattr(self.lifespan, "error_occurred", False))
-        return await super().on_tick(counter) or self.broken
-
-    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        self._stopping = asyncio.get_running_loop()
-        self._queue.refuse_new()
-        async with anyio.create_task_group() as tasks:
-            tasks.start_soon(self._abort_later)
-            await super().shutdown(sockets)
-            tasks.cancel_scope.cancel()
-
-    async def _abort_later(self) -> None:
-        await anyio.sleep(self._grace)
-        self._queue.abort()
+    return refuse
 
 
 def run() -> None:

@@ -36,7 +36,8 @@ def check(key: str | None, peer: str, headers: Headers) -> None:
     """
     if key is not None:
         # Headers are latin-1; as bytes, since compare_digest takes no other text than ASCII.
-        given = headers.get("x-admin-key", "").encode("latin-1")
+        bearer = headers.get("authorization", "").removeprefix("Bearer ")  # Prometheus has no other
+        given = headers.get("x-admin-key", bearer).encode("latin-1")
         if not hmac.compare_digest(given, key.encode()):
             raise Unauthorized("The admin API wants its key in the header X-Admin-Key.")
         return

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+import math
 import os
 import threading
 import time
@@ -13,7 +13,7 @@ from typing import Annotated, Any, Final
 
 import anyio
 import msgspec
-from msgspec import Meta, structs
+from msgspec import Meta
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -23,14 +23,13 @@ from .config import Config, Section
 from .downloader import JobStatus
 from .endpoint import State
 from .errors import ConfigError, Conflict, InvalidRequest
+from .logs import LINES_KEPT
 from .registry import Registry
+from .reload import Reloaded
 from .slot import Slot
 from .streaming import EventStream, encode_event
 
-logger = logging.getLogger(__name__)
-
 PROGRESS_SECONDS: Final = 0.5
-NEED_RESTART: Final = {"host", "port", "state_file", "shutdown_grace_seconds"}
 
 
 class ModelName(Section, frozen=True):
@@ -201,12 +200,8 @@ class Status:
     queue: QueueStatus
     tokens_per_second: float
     models: dict[str, LoadedModel]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Reloaded:
-    changed: list[str]
-    """Settings that hold from now on; those of a loaded model's engine with its next load."""
+    config_error: str | None
+    """Why the configuration file as it is now is not in effect."""
     need_restart: list[str]
     """Settings that have changed in the file and are not used yet."""
 
@@ -341,7 +336,30 @@ async def status(request: Request[State]) -> Status:
         queue=QueueStatus(outstanding=queue.outstanding, size=queue.size),
         tokens_per_second=sum(model.tokens_per_second for model in loaded.values()),
         models=loaded,
+        config_error=request.state["config_file"].error,
+        need_restart=request.state["config_file"].need_restart,
     )
+
+
+class LogQuery(Section, frozen=True):
+    lines: Annotated[int, Meta(ge=0, le=LINES_KEPT)] = 200
+    follow: bool = False
+    """Go on with new lines as they come."""
+
+
+class TextStream(EventStream):
+    media_type = "text/plain"
+
+
+async def logs(request: Request[State]) -> Response:
+    """The last `lines` of the log as text; with `follow=true`, then new ones as they come."""
+    try:
+        query = msgspec.convert(dict(request.query_params), LogQuery, strict=False)
+    except msgspec.ValidationError as error:
+        raise InvalidRequest(str(error)) from error
+    queue = request.state["queue"]
+    text = request.state["log"].tail(query.lines, lambda: queue.stopping or not query.follow)
+    return TextStream(text, keep_alive_seconds=math.inf)
 
 
 async def show_config(request: Request[State]) -> Annotated[dict[str, Any], Config]:
@@ -353,19 +371,11 @@ async def show_config(request: Request[State]) -> Annotated[dict[str, Any], Conf
 
 async def reload_config(request: Request[State]) -> Reloaded:
     """Read the configuration file again; a bad one changes nothing."""
-    registry = request.state["registry"]
+    state = request.state
     try:
-        new = await anyio.to_thread.run_sync(request.state["read_config"])
+        return await state["config_file"].reload(state["registry"], state["queue"])
     except ConfigError as error:
         raise InvalidRequest(f"Nothing is changed: {error}") from error
-    old = structs.asdict(registry.config)
-    differing = [name for name, value in structs.asdict(new).items() if value != old[name]]
-    waiting = [name for name in differing if name in NEED_RESTART]
-    registry.config = structs.replace(new, **{name: old[name] for name in waiting})
-    request.state["queue"].size = new.queue_size
-    logging.getLogger().setLevel(new.log_level.upper())
-    registry.rescan()
-    return Reloaded(changed=[n for n in differing if n not in waiting], need_restart=waiting)
 
 
 def _model(registry: Registry, model: Model) -> AdminModel:

@@ -19,14 +19,18 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Mount, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from . import admin_api, openai_api, openapi
+from . import admin_api, events, logs, metrics, openai_api, openapi, page
 from .access import AdminOnly
 from .config import Config
 from .downloader import Downloads
 from .endpoint import State, endpoint
 from .errors import LMXError, error_body
+from .events import Events, StateWithEvents
 from .inference import InferenceQueue
+from .metrics import Metrics, StateWithMetrics
+from .records import RequestRecord, Requests
 from .registry import Registry, open_registry
+from .reload import ConfigFile
 from .streaming import INTERNAL_ERROR
 
 logger = logging.getLogger(__name__)
@@ -36,8 +40,8 @@ def _post(path: str, handler: Callable[..., Awaitable[Any]]) -> Route:
     return Route(path, endpoint(handler), methods=["POST"])
 
 
-def _get(path: str, handler: Callable[..., Awaitable[Any]]) -> Route:
-    return Route(path, endpoint(handler))
+def _get(path: str, handler: Callable[..., Awaitable[Any]], **options: Any) -> Route:
+    return Route(path, endpoint(handler), **options)
 
 
 async def document(request: Request[State]) -> dict[str, Any]:
@@ -54,6 +58,8 @@ ROUTES: Final = (
     _post("/v1/embeddings", openai_api.embeddings),
     _get("/health", openai_api.health),
     _get("/openapi.json", document),
+    _get("/metrics", metrics.metrics, middleware=[Middleware(AdminOnly)]),
+    _get("/", page.page),
     Mount(
         "/admin",
         routes=[
@@ -70,12 +76,19 @@ ROUTES: Final = (
             _get("/downloads/{id}/events", admin_api.download_events),
             _post("/downloads/{id}/cancel", admin_api.cancel_download),
             _get("/status", admin_api.status),
+            _get("/events", events.events),
+            _get("/logs", admin_api.logs),
             _get("/config", admin_api.show_config),
             _post("/config/reload", admin_api.reload_config),
         ],
         middleware=[Middleware(AdminOnly)],
     ),
 )
+
+
+class AppState(StateWithEvents, StateWithMetrics):
+    pass
+
 
 OpenRegistry = Callable[[Config, InferenceQueue], AbstractAsyncContextManager[Registry]]
 
@@ -84,29 +97,39 @@ def create_app(
     config: Config,
     queue: InferenceQueue,
     *,
-    read_config: Callable[[], Config] | None = None,
+    config_file: ConfigFile | None = None,
     open_registry: OpenRegistry = open_registry,
 ) -> Starlette:
-    """`read_config` reads the configuration anew; `open_registry` is for tests without models."""
+    """Without `config_file` there is nothing to read anew; `open_registry` is for tests without
+    models."""
+    file = config_file or ConfigFile(None, lambda: config)
+    tallies, feed = Metrics(), Events()
+    requests = Requests(logs.ended, tallies.count)
 
     @asynccontextmanager
-    async def lifespan(app: Starlette) -> AsyncIterator[State]:
-        async with open_registry(config, queue) as registry, anyio.create_task_group() as tasks:
-            downloads = Downloads(lambda: registry.config, tasks, registry.rescan)
-            await downloads.resume()
-            yield State(
-                registry=registry,
-                queue=queue,
-                downloads=downloads,
-                read_config=read_config or (lambda: config),
-                started=time.time(),
-            )
-            tasks.cancel_scope.cancel()
+    async def lifespan(app: Starlette) -> AsyncIterator[AppState]:
+        with logs.kept(config) as log:
+            async with open_registry(config, queue) as registry, anyio.create_task_group() as tasks:
+                downloads = Downloads(lambda: registry.config, tasks, registry.rescan)
+                await downloads.resume()
+                tasks.start_soon(file.watch, registry, queue)
+                yield AppState(
+                    registry=registry,
+                    queue=queue,
+                    downloads=downloads,
+                    config_file=file,
+                    requests=requests,
+                    metrics=tallies,
+                    events=feed,
+                    log=log,
+                    started=time.time(),
+                )
+                tasks.cancel_scope.cancel()
 
     return Starlette(
         routes=ROUTES,
         lifespan=lifespan,
-        middleware=[Middleware(Outermost)],
+        middleware=[Middleware(Outermost, requests)],
         exception_handlers={
             LMXError: lmx_error,
             HTTPException: http_error,
@@ -117,6 +140,7 @@ def create_app(
 
 async def lmx_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, LMXError)
+    request.state["record"].fail(error)
     if error.status >= 500:
         logger.error("%r: %s: %s", request.scope["path"], type(error).__name__, error.message)
     headers = {} if error.retry_after is None else {"Retry-After": str(error.retry_after)}
@@ -145,7 +169,10 @@ async def http_error(request: Request, error: Exception) -> Response:
         )
     elif error.status_code == 405:
         message = f"Not allowed to {request.method} on {request.scope['path']}."
-    body = error_body(message, type="invalid_request_error", code=HTTP_CODES.get(error.status_code))
+    type, code = "invalid_request_error", HTTP_CODES.get(error.status_code)
+    record = request.state["record"]
+    record.code, record.message = code or type, message
+    body = error_body(message, type=type, code=code)
     return JSONResponse(body, error.status_code, error.headers)
 
 
@@ -155,37 +182,43 @@ async def client_disconnected(request: Request, error: Exception) -> Response:
 
 
 class Outermost:
-    """Gives every response its `x-request-id`, and whatever nobody caught a JSON 500.
+    """Gives every request its record and its `x-request-id`, and whatever nobody caught a JSON 500.
 
     Starlette's own handler of `Exception` raises it again, which makes uvicorn close the
     connection and costs the client its next request too.
     """
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, requests: Requests) -> None:
         self._app = app
+        self._requests = requests
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        request_id = _request_id(scope)
-        started = False
+        id = _request_id(scope)
+        client = scope["client"][0] if scope.get("client") else "-"
+        record = RequestRecord(id.decode(), client, scope["method"], scope["path"])
+        scope.setdefault("state", {})["record"] = record
 
         async def send_with_id(message: Message) -> None:
-            nonlocal started
             if message["type"] == "http.response.start":
-                started = True
-                headers = [*message.get("headers", ()), (b"x-request-id", request_id)]
+                record.status = message["status"]
+                headers = [*message.get("headers", ()), (b"x-request-id", id)]
                 message = {**message, "headers": headers}
+            elif not message.get("more_body"):
+                record.complete = True
             await send(message)
 
-        try:
-            await self._app(scope, receive, send_with_id)
-        except Exception:
-            if started:
-                raise  # the server must cut the connection, or half an answer looks whole
-            logger.exception("%s %r failed", scope["method"], scope["path"])
-            await JSONResponse(INTERNAL_ERROR, 500)(scope, receive, send_with_id)
+        with self._requests.follow(record):
+            try:
+                await self._app(scope, receive, send_with_id)
+            except Exception as error:
+                record.fail(error)
+                if record.status:
+                    raise  # the server must cut the connection, or half an answer looks whole
+                logger.exception("%s %r failed", scope["method"], scope["path"])
+                await JSONResponse(INTERNAL_ERROR, 500)(scope, receive, send_with_id)
 
 
 _SANE_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")

@@ -12,6 +12,8 @@ from msgspec import Meta
 from .errors import ConfigError
 
 HOME: Final = Path("~/.opta-lmx")
+DEFAULT_FILE: Final = HOME / "config.yaml"
+"""Read if it is there and no other is named."""
 KV_TOKENS: Final = 32768
 """The longest context whose KV cache is reserved at load where the configuration names none. MLX
 gets more when a request needs it and memory is free; llama.cpp allocates it all at load."""
@@ -113,6 +115,11 @@ class Config(Section, frozen=True):
     state_file: str = str(HOME / "state.json")
     """What is remembered over a restart: loaded models, what each has really needed."""
     log_level: LogLevel = "info"
+    log_format: Literal["text", "json"] = "text"
+    log_file: str | None = None
+    """Where the log goes; to stderr then only warnings and worse. None: stderr alone."""
+    log_file_bytes: Annotated[int, Meta(ge=4096)] = 10 * 1024**2
+    """A larger file becomes `log_file`.1, of which five are kept."""
     admin_key: Annotated[str, Meta(min_length=1)] | None = None
     """What /admin wants in X-Admin-Key. None: this machine and private networks only."""
     max_body_bytes: Annotated[int, Meta(ge=1024)] = 64 * 1024**2
@@ -159,14 +166,22 @@ def load_config(path: Path | None, overrides: dict[str, Any] | None = None) -> C
     Raises:
         ConfigError: unreadable file, bad YAML, unknown key or wrong value; names the key.
     """
-    default = HOME.expanduser() / "config.yaml"
+    default = DEFAULT_FILE.expanduser()
     chosen = path or (default if default.exists() else None)
     values: Any = {}
     if chosen is not None:
         try:
             values = yaml.safe_load(chosen.read_text(encoding="utf-8"))
-        # PyYAML lets a ValueError escape for an impossible date, a RecursionError for a deep nest.
-        except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        # PyYAML lets out what its own code fails with: a RecursionError for a deep nest, for `!!int
+        # ''`, `!!bool x` and `!!timestamp x` an IndexError, a KeyError and an AttributeError.
+        except (
+            OSError,
+            ValueError,
+            LookupError,
+            AttributeError,
+            RecursionError,
+            yaml.YAMLError,
+        ) as error:
             raise ConfigError(f"cannot read the configuration {chosen}: {error}") from error
         values = {} if values is None else values
     if isinstance(values, dict):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from functools import wraps
-from typing import Any, Final, TypedDict, get_type_hints
+from typing import Any, Final, NotRequired, TypedDict, get_type_hints
 
 import anyio
 import msgspec
@@ -12,10 +12,12 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from .config import Config
 from .downloader import Downloads
 from .inference import InferenceQueue
+from .logs import Ring
+from .records import RequestRecord, Requests
 from .registry import Registry
+from .reload import ConfigFile
 from .schema import decode
 
 BODY_SECONDS: Final = 30.0
@@ -28,9 +30,13 @@ class State(TypedDict):
     registry: Registry
     queue: InferenceQueue
     downloads: Downloads
-    read_config: Callable[[], Config]
+    config_file: ConfigFile
+    requests: Requests
+    log: Ring
     started: float
     """Unix seconds."""
+    record: NotRequired[RequestRecord]
+    """Of this request alone; there before any handler."""
 
 
 class WireResponse(JSONResponse):

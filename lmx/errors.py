@@ -189,6 +189,14 @@ class JobNotFound(LMXError):
     code = "job_not_found"
 
 
+class InstallFailed(LMXError):
+    """The daemon cannot be installed, removed or started: names what is in the way."""
+
+
+class Unreachable(LMXError):
+    """No server answers the command line, or not to the end."""
+
+
 class ConfigError(Exception):
     """The configuration or the command line cannot be used; the program ends with exit code 2."""
 

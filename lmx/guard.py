@@ -34,7 +34,7 @@ class Models(Protocol):
     config: Config
     slots: dict[str, Slot]
 
-    def begin_unload(self, slot: Slot, why: str) -> None: ...
+    def begin_unload(self, slot: Slot, why: str, *, evicting: bool = False) -> None: ...
 
     def keep(self, slot: Slot) -> None: ...
 
@@ -171,7 +171,7 @@ class Guard:
         busy = [s for s in others if s.ready and s.leases and not s.waiting]
         leaving += memory.victims(missing, sorted(busy, key=lambda s: s.last_used), self._taken)
         for other in leaving:
-            self._models.begin_unload(other, f"{slot.model.id} needs memory")
+            self._models.begin_unload(other, f"{slot.model.id} needs memory", evicting=True)
         return set(leaving)
 
     async def watch(self) -> None:
@@ -198,7 +198,7 @@ class Guard:
                 self._models.begin_unload(slot, f"idle for {ttl:.0f} s")
         short = self.pressure >= memory.WARNING or self.room().free < 0
         if short and (idle := self._idle()):
-            self._models.begin_unload(idle[0], "memory is short")
+            self._models.begin_unload(idle[0], "memory is short", evicting=True)
         self._grant(short)
 
     def share(self) -> None:

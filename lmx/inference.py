@@ -9,11 +9,11 @@ import math
 import os
 import subprocess
 import sys
+import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from itertools import chain
-from pathlib import Path
 from typing import Final
 
 import anyio
@@ -29,7 +29,7 @@ from .errors import (
     RunnerDied,
     ServerStopping,
 )
-from .generation import EmbeddingRequest, GenerationRequest, Part
+from .generation import EmbeddingRequest, FinishReason, GenerationRequest, Part
 from .messages import (
     Accepted,
     AnyCommand,
@@ -76,28 +76,43 @@ class Generation:
         self.prompt_tokens = 0
         self.tokens: dict[int, int] = {}
         """Generated so far, by answer."""
+        self.accepted_at: float | None = None
+        self.first_token: float | None = None
+        """When the first piece of an answer came: `time.monotonic()`, like the others."""
+        self.ended_at: float | None = None
+        self.finished: Finished | None = None
+        self.finish: FinishReason | None = None
+        """Of the answer that ended last."""
         self._events: list[Delta | Embedded | Finished] = []
         self._error: LMXError | None = None
-        self._accepted = False
         self._changed = asyncio.Event()  # anyio's would have to be made anew for each token
 
     def put(self, event: Accepted | Delta | Embedded | Finished) -> None:
         match event:
             case Accepted():
                 self.prompt_tokens = event.prompt_tokens
-                self._accepted = True
+                self.accepted_at = time.monotonic()
             case Delta() if self._events and _join(self._events[-1], event):
                 pass
-            case Delta() | Embedded() | Finished():
+            case Delta():
+                self.first_token = self.first_token or time.monotonic()
+                self._events.append(event)
+            case Embedded() | Finished():
                 self._events.append(event)
         self._changed.set()
+
+    def end(self, event: Finished) -> None:
+        self.finished, self.ended_at = event, time.monotonic()
+        if self._events and isinstance(last := self._events[-1], Delta):
+            self.finish = last.finish
+        self.put(event)
 
     def fail(self, error: LMXError) -> None:
         self._error = error
         self._changed.set()
 
     async def accepted(self) -> None:
-        while not self._accepted:
+        while self.accepted_at is None:
             await self._wait()
 
     async def _wait(self) -> None:
@@ -230,8 +245,9 @@ class Runner:
         """Why the process takes no more requests; None while it does."""
         self.ended = anyio.Event()
         """The process is gone, and with it its memory."""
+        self.config = config
+        """May be replaced while running."""
         self._load = load
-        self._config = config
         self._command = command
         self._next_id = 0
         self._generations: dict[int, Generation] = {}
@@ -347,7 +363,7 @@ class Runner:
     ) -> LMXError | None:
         """Until the output ends by itself; or an error because of which the process must end."""
         frames = FrameReader()
-        seconds = self._config.load_timeout_seconds
+        seconds = self.config.load_timeout_seconds
         try:
             with anyio.CancelScope(deadline=anyio.current_time() + seconds) as loading:
                 async for data in stdout:
@@ -386,7 +402,7 @@ class Runner:
             case Finished(id, tokens):
                 if generation := self._generations.pop(id, None):
                     self.generated += tokens - sum(generation.tokens.values())
-                    generation.put(event)
+                    generation.end(event)
             case Delta(id, index, _, tokens):
                 if generation := self._generations.get(id):
                     self.generated += tokens - generation.tokens.get(index, 0)
@@ -419,8 +435,8 @@ class Runner:
 
     async def _watch(self, process: Process) -> None:
         """End a wedged engine: it has requests, but took no step for too long."""
-        limit = self._config.step_timeout_seconds
         while True:
+            limit = self.config.step_timeout_seconds
             await anyio.sleep(min(1.0, limit / 4))
             silent = anyio.current_time() - self._last_step
             if self._generations and self.loaded and silent > limit:
@@ -475,13 +491,3 @@ def runner_environment(
             environment["LD_PRELOAD"] = library
             logger.info("preloading %s in the runner", library)
     return environment
-
-
-async def convert(source: Path, target: Path) -> None:
-    """Make the embedded model's MLX folder, which takes seconds and once."""
-    logger.info("converting %s to %s", source, target)
-    command = [sys.executable, "-m", "lmx", "convert", str(source), str(target)]
-    done = await anyio.run_process(command, check=False, stderr=subprocess.STDOUT)
-    if done.returncode:
-        said = done.stdout.decode(errors="replace").strip()
-        raise ModelLoadFailed(f"{source}: conversion failed: {said}")

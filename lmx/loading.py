@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import logging
+import subprocess
+import sys
 import threading
 from collections.abc import Sequence
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import Final
 
+import anyio
 import msgspec
 from msgspec.structs import replace
 
@@ -16,6 +20,8 @@ from . import __version__, inventory
 from .catalog import Model
 from .config import EngineSettings
 from .errors import ModelLoadFailed
+
+logger = logging.getLogger(__name__)
 
 ENGINES: Final = {"mlx": ("mlx", "mlx-lm"), "gguf": ("llama-cpp-python",)}
 
@@ -67,3 +73,13 @@ def inspect(
     versions = [found.version for name in engine for found in distributions(name=name)]
     facts = msgspec.json.encode([__version__, versions, settings, files])
     return hashlib.sha256(facts).hexdigest()
+
+
+async def convert(source: Path, target: Path) -> None:
+    """Make the embedded model's MLX folder, which takes seconds and once."""
+    logger.info("converting %s to %s", source, target)
+    command = [sys.executable, "-m", "lmx", "convert", str(source), str(target)]
+    done = await anyio.run_process(command, check=False, stderr=subprocess.STDOUT)
+    if done.returncode:
+        said = done.stdout.decode(errors="replace").strip()
+        raise ModelLoadFailed(f"{source}: conversion failed: {said}")

@@ -9,8 +9,8 @@ import secrets
 import time
 from array import array
 from collections import defaultdict
-from collections.abc import AsyncGenerator, Callable
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import aclosing, asynccontextmanager
 from functools import partial
 from typing import Annotated, Any, Literal
 
@@ -33,9 +33,10 @@ from .completions_schema import (
 from .endpoint import State, WireResponse
 from .errors import GenerationFailed, InvalidRequest, UnsupportedParameter
 from .generation import EmbeddingRequest, GenerationRequest, Usage
+from .inference import Generation
 from .messages import Delta, Embedded, Finished
 from .openai_answers import ChatPieces, TextPieces
-from .registry import Registry
+from .registry import Lease, Registry
 from .streaming import DONE, EventStream, encode_event, encode_json, unless_disconnected
 
 Chunk = ChatCompletionChunk | Completion
@@ -121,6 +122,7 @@ async def _resolve(
     if model.kind != kind:
         does = "makes embeddings and no text" if kind == "chat" else "makes text and no embeddings"
         raise InvalidRequest(f"The model '{model.id}' {does}.", param="model")
+    request.state["record"].model = model.id
     return model
 
 
@@ -152,10 +154,7 @@ async def _looks(
     then a failure still gets an HTTP status, which clients retry.
     """
     include_usage = body.include_usage or not body.stream
-    async with (
-        state["registry"].lease(model, body.ttl) as lease,
-        state["queue"].generate(lease.runner, wanted) as generation,
-    ):
+    async with _generating(state, body.ttl, model, wanted) as (lease, generation):
         engine = lease.runner.loaded.engine if lease.runner.loaded else lease.model.format
         new: Callable[..., Chunk] = pieces.chunk
         chunk = new(
@@ -188,6 +187,26 @@ async def _looks(
                 draft = state["registry"].config.engine_for(model.id).draft_model
                 stats = schema.Stats.of(usage, draft)
                 yield replace(chunk, usage=schema.CompletionUsage.of(usage), stats=stats), []
+
+
+@asynccontextmanager
+async def _generating(
+    state: State,
+    ttl: float | None,
+    model: catalog.Model,
+    wanted: GenerationRequest | EmbeddingRequest,
+) -> AsyncIterator[tuple[Lease, Generation]]:
+    """The model at work; how it goes is on the request's record, in a stream too."""
+    try:
+        async with (
+            state["registry"].lease(model, ttl) as lease,
+            state["queue"].generate(lease.runner, wanted) as generation,
+        ):
+            state["record"].generation = generation
+            yield lease, generation
+    except Exception as error:
+        state["record"].fail(error)
+        raise
 
 
 def _tier(asked: str | None) -> str | msgspec.UnsetType:
@@ -256,10 +275,7 @@ async def _embed(
 ) -> tuple[list[bytes], int]:
     """The inputs' vectors and number of tokens."""
     vectors = [b""] * len(wanted.inputs)
-    async with (
-        state["registry"].lease(model, body.ttl) as lease,
-        state["queue"].generate(lease.runner, wanted) as generation,
-    ):
+    async with _generating(state, body.ttl, model, wanted) as (_, generation):
         async for events in generation:
             _finished(events)
             for event in events:

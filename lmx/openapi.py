@@ -46,7 +46,7 @@ def document(routes: Iterable[BaseRoute]) -> dict[str, Any]:
         if body:
             content = {"application/json": {"schema": schema[body]}}
             operation["requestBody"] = {"required": True, "content": content}
-        if path.startswith("/admin"):
+        if path.startswith(("/admin", "/metrics")):
             operation["security"] = [{}, {"admin_key": []}]
         paths.setdefault(path, {})[method] = operation
     key = {"type": "apiKey", "in": "header", "name": "X-Admin-Key"}

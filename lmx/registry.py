@@ -35,8 +35,8 @@ from .errors import (
     ServerStopping,
 )
 from .guard import GRANT_SECONDS, Guard
-from .inference import InferenceQueue, Runner, convert
-from .loading import draft_for, inspect, with_paths
+from .inference import InferenceQueue, Runner
+from .loading import convert, draft_for, inspect, with_paths
 from .memory import Meter, size
 from .messages import Load
 from .slot import Attempt, Slot, State
@@ -91,11 +91,14 @@ class Registry:
 
     async def models(self) -> list[Model]:
         """All models on disk now, sorted by id."""
-        self._found = await anyio.to_thread.run_sync(self._find_models, self.config)
-        for model in self._found:
+        config = self.config
+        found = await anyio.to_thread.run_sync(self._find_models, config)
+        for model in found:
             if str(model.path) in self.slots:
                 self.slot(model)
-        return self._found
+        # What was looked for by the last configuration answers who asked for it, and nobody else.
+        self._found = found if config is self.config else []
+        return found
 
     def rescan(self) -> None:
         """Files have changed: look again when the next name is asked for."""
@@ -281,7 +284,10 @@ class Registry:
             if not isinstance(error, InsufficientMemory | ModelUnloaded):
                 after = "failed"
                 slot.back_off(attempt.error)
+                slot.counts["model_load_failures"] += 1
             self.rescan()
+        else:
+            slot.counts["model_loads"] += 1
         slot.last_used = anyio.current_time()
         slot.attempt = None
         attempt.done.set()
@@ -313,7 +319,7 @@ class Registry:
             await convert(model.convert_from, model.path)
             await self.models()
             model = slot.model  # which now has its facts
-        engine = self.config.engine_for(slot.model.id)
+        engine = slot.engine = self.config.engine_for(slot.model.id)
         draft = await self._draft(model, engine.draft_model)
         engine = with_paths(engine, draft)
         given_up = threading.Event()
@@ -329,7 +335,7 @@ class Registry:
         await self.guard.make_room(slot, need)
         logger.info("loading %s from %s: %s", slot.model.id, path, size(need.total))
         tested = self._state.remembered.tested.get(path)
-        if tested is not None and tested.fingerprint != mark:
+        if tested is not None and (tested.fingerprint != mark or tested.problems):
             tested = None
         features = None if tested is None else tested.features
         load = Load(path, model.format, engine, need.kv, features, str(self._turn))
@@ -376,6 +382,7 @@ class Registry:
             logger.error("%s: %s", slot.model.id, runner.exit)
             slot.clear()
             slot.back_off(None)
+            slot.counts["runner_deaths"] += 1
             self._set(slot, "failed")
 
     # Unloading
@@ -385,8 +392,9 @@ class Registry:
         if slot.state == "draining" and slot.leases:
             self._set(slot, "ready")
 
-    def begin_unload(self, slot: Slot, why: str) -> None:
+    def begin_unload(self, slot: Slot, why: str, *, evicting: bool = False) -> None:
         logger.info("unloading %s: %s", slot.model.id, why)
+        slot.evicting = evicting
         self._set(slot, "draining")
         self._tasks.start_soon(self._unload, slot)
 
@@ -398,6 +406,8 @@ class Registry:
         if slot.state != "draining":
             return  # the load that wanted its memory has given up
         self._set(slot, "unloading")
+        slot.counts["model_unloads"] += 1
+        slot.counts["model_evictions"] += slot.evicting
         if (learnt := slot.learnt(self.guard.meter)) is not None:
             self._state.remembered.working[str(slot.using.path)] = learnt
         limit, private = self.guard.limit(), slot.process(self.guard.meter).private

@@ -312,8 +312,9 @@ def main(load: Loader = backends.load) -> int:
     events = os.fdopen(os.dup(1), "wb", buffering=0)
     os.dup2(2, 1)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    # A terminal's Ctrl-C reaches the whole process group; the server decides when a runner stops.
+    # A terminal's signals reach the whole process group; the server decides when a runner stops.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
     lock = threading.Lock()
 

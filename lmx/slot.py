@@ -10,13 +10,13 @@ back-off. What is leased is never unloaded but by force; what drains takes no ne
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from typing import Final, Literal
 
 import anyio
 
 from .catalog import Model
-from .config import Config
+from .config import Config, EngineSettings
 from .errors import LMXError, RunnerDied
 from .inference import Runner
 from .memory import Claim, Estimate, Meter, Process
@@ -58,6 +58,8 @@ class Slot:
         """None: as configured."""
         self.using = model
         """What is loaded under this id: the model itself, or its fallback."""
+        self.engine: EngineSettings | None = None
+        """How it is loaded, as configured at that time."""
         self.fallback_reason: str | None = None
         """Why the model itself is not used."""
         self.error: LMXError | None = None
@@ -69,6 +71,10 @@ class Slot:
         self.not_before = 0.0
         """Event-loop time before which it is not loaded again."""
         self.answered = 0
+        self.evicting = False
+        """Being unloaded because its memory is wanted."""
+        self.counts: Counter[str] = Counter()
+        """Of what has happened to it since the start, by the name of the metric."""
         self.loaded_bytes = 0
         """What the runner took when it was ready."""
         self.peak_bytes = 0
@@ -113,7 +119,7 @@ class Slot:
 
     def clear(self) -> None:
         """Its process has ended."""
-        self.runner = self.estimate = None
+        self.runner = self.estimate = self.engine = None
 
     def back_off(self, error: LMXError | None) -> None:
         """The first failure costs nothing: the next request loads the model at once."""

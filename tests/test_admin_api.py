@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from lmx.app import ROUTES, create_app
 from lmx.config import Config, load_config
 from lmx.errors import ModelLoadFailed
 from lmx.inference import InferenceQueue
+from lmx.reload import ConfigFile
 
 from .fake_world import MB, NEED, World, registry_over
 
@@ -36,14 +37,14 @@ def serving(
     world: World,
     tmp_path: Path,
     *,
-    read_config: Callable[[], Config] | None = None,
+    config_file: ConfigFile | None = None,
     peer: str = "127.0.0.1",
     **settings: Any,
 ) -> Iterator[TestClient]:
     folders = {"models_dir": str(tmp_path / "models"), "state_file": str(tmp_path / "state.json")}
     config = msgspec.convert(folders | settings, Config)
     queue = InferenceQueue(config)
-    app = create_app(config, queue, read_config=read_config, open_registry=registry_over(world))
+    app = create_app(config, queue, config_file=config_file, open_registry=registry_over(world))
     with TestClient(app, base_url="http://localhost", client=(peer, 1)) as client:
         yield client
 
@@ -204,8 +205,9 @@ def test_config(world: World, tmp_path: Path) -> None:
     def read() -> Config:
         return load_config(file)
 
-    with serving(world, tmp_path, read_config=read) as admin:
-        assert admin.post("/admin/config/reload").json() == {"changed": [], "need_restart": []}
+    with serving(world, tmp_path, config_file=ConfigFile(file, read)) as admin:
+        nothing: dict[str, Any] = {"changed": [], "need_restart": [], "need_load": []}
+        assert admin.post("/admin/config/reload").json() == nothing
         with file.open("a") as config:
             config.write("port: 4321\nqueue_size: 7\naliases: {gpt-4o: a}\nttl_seconds: 5.0\n")
         reloaded = admin.post("/admin/config/reload").json()

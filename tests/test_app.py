@@ -16,6 +16,7 @@ from lmx.app import Outermost, create_app
 from lmx.config import Config
 from lmx.errors import LMXError, QueueFull, ServerStopping
 from lmx.inference import InferenceQueue
+from lmx.records import Requests
 from lmx.registry import Registry
 from tests.fake_client import Client
 from tests.fake_models import GOOD, Server
@@ -37,7 +38,7 @@ def error_of(response: httpx2.Response) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("method", "path", "status", "code"),
     [
-        ("GET", "/", 404, "unknown_url"),
+        ("GET", "/v1", 404, "unknown_url"),
         ("GET", "/v2/models", 404, "unknown_url"),
         ("POST", "/chat/completions", 404, "unknown_url"),
         ("GET", "/v1/models/cat", 404, "model_not_found"),
@@ -163,7 +164,7 @@ async def test_a_failure_in_the_middle_of_a_response_cuts_the_connection() -> No
     client = Client()
     scope = {"type": "http", "method": "GET", "path": "/", "headers": []}
     with pytest.raises(ValueError, match="in the middle"):
-        await Outermost(app)(scope, client.receive, client.send)
+        await Outermost(app, Requests())(scope, client.receive, client.send)
     assert [message["type"] for message in client.sent] == ["http.response.start"]
 
 

@@ -8,8 +8,9 @@ import msgspec
 import pytest
 import yaml
 
-from lmx.config import Config, EngineSettings, SamplingDefaults, load_config
+from lmx.config import Config, EngineSettings, ModelSettings, SamplingDefaults, load_config
 from lmx.errors import ConfigError
+from lmx.reload import NEED_RESTART
 
 EXAMPLE = Path(__file__).parent.parent / "config.example.yaml"
 
@@ -105,6 +106,9 @@ def test_overrides_without_a_file() -> None:
         pytest.param("port\n", "Expected `object`", id="text"),
         pytest.param("port: [\n", "cannot read", id="bad-yaml"),
         pytest.param("port: !!python/name:os.system\n", "cannot read", id="python-tag"),
+        pytest.param("port: !!int ''\n", "cannot read", id="tag-of-nothing"),
+        pytest.param("port: !!bool x\n", "cannot read", id="tag-of-another"),
+        pytest.param("port: !!timestamp x\n", "cannot read", id="tag-without-a-match"),
     ],
 )
 def test_refused(tmp_path: Path, text: str, named: str) -> None:
@@ -138,6 +142,29 @@ def test_example_is_the_defaults() -> None:
     values = msgspec.json.decode(msgspec.json.encode(Config()))
     assert yaml.safe_load(EXAMPLE.read_text()) == values
     assert load_config(EXAMPLE) == Config()
+
+
+def test_example_of_one_model(tmp_path: Path) -> None:
+    """The comment above `models` can be uncommented, and shows every setting of a model."""
+    before, _, _ = EXAMPLE.read_text().partition("\nmodels: {}")
+    _, comment = before.split("# What differs for one model")
+    _, *lines = comment.splitlines()
+    config = load_config(written(tmp_path, "\n".join(["models:", *(line[1:] for line in lines)])))
+    [shown] = config.models.values()
+    for name in ModelSettings.__struct_fields__:
+        assert getattr(shown, name) != getattr(ModelSettings(), name), name
+
+
+def test_example_says_what_needs_a_restart() -> None:
+    """In config.example.yaml these settings say so, and no others."""
+    found, comment = set(), ""
+    for line in EXAMPLE.read_text().splitlines():
+        if line.lstrip().startswith("#"):
+            comment += line
+        else:
+            found |= {line.partition(":")[0]} if "Needs a restart." in comment else set()
+            comment = ""
+    assert found == NEED_RESTART
 
 
 def test_example_explains_every_setting() -> None:

@@ -34,6 +34,8 @@ TABLE = [
     (errors.JobNotFound, 404, "invalid_request_error", "job_not_found"),
     (errors.RunnerDied, 503, "service_unavailable_error", "runner_died"),
     (errors.ServerStopping, 503, "service_unavailable_error", "server_stopping"),
+    (errors.InstallFailed, 500, "server_error", None),
+    (errors.Unreachable, 500, "server_error", None),
 ]
 
 

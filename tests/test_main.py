@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import logging
 import socket
 import subprocess
 import sys
@@ -13,9 +12,10 @@ import pytest
 import uvicorn
 from starlette.applications import Starlette
 
-from lmx.__main__ import OneLine, Server, main
+from lmx.__main__ import main
 from lmx.config import Config
 from lmx.inference import InferenceQueue
+from lmx.serve import Server
 
 from . import models
 
@@ -76,14 +76,6 @@ def test_convert(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert "none.gguf" in capfd.readouterr().err
 
 
-def test_log_lines_are_not_broken_by_names() -> None:
-    """A name with line breaks or terminal codes stays in its line; a traceback keeps its own."""
-    record = logging.LogRecord("lmx", 20, "", 0, "no model %s", ("a\n2026 INFO x\x1b[2J",), None)
-    assert OneLine("%(message)s").format(record) == "no model a\\n2026 INFO x\\x1b[2J"
-    record.exc_text = "Traceback:\n  x"
-    assert OneLine("%(message)s").format(record).endswith("\nTraceback:\n  x")
-
-
 def test_an_application_that_ends_takes_the_server_with_it() -> None:
     """Should a bug end what lives as long as the application, the server stops, and says failed."""
 
@@ -116,7 +108,7 @@ def test_help_and_version(capfd: pytest.CaptureFixture[str]) -> None:
 def test_the_server_imports_no_engine() -> None:
     """Start-up time and crashes: MLX, llama.cpp and transformers stay in the runners."""
     code = (
-        "import sys, lmx.__main__\n"
+        "import sys, lmx.serve\n"
         "engines = {'mlx', 'mlx_lm', 'transformers', 'tokenizers', 'llama_cpp', 'numpy',"
         " 'huggingface_hub'}\n"
         "sys.exit(' '.join(engines & set(sys.modules)) or 0)"

@@ -1,0 +1,127 @@
+"""The server process: the listening socket, uvicorn, an orderly end."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import resource
+import signal
+import socket
+from types import FrameType
+
+import anyio
+import uvicorn
+
+from . import logs
+from .app import create_app
+from .errors import LMXError
+from .inference import InferenceQueue
+from .reload import ConfigFile
+
+KEEP_ALIVE_SECONDS = 75
+"""Longer than any client's pool keeps an idle connection: the client is the one to close."""
+
+SHUTDOWN_MARGIN_SECONDS = 5
+"""From failing what still runs to cutting the connections."""
+
+OPEN_FILES = 10240
+"""As many as macOS lets a process ask for (OPEN_MAX)."""
+
+
+def serve(config_file: ConfigFile) -> int:
+    """Serve until a signal; the exit code."""
+    raise_file_limit()
+    config = config_file.read()
+    signal.signal(signal.SIGHUP, lambda signum, frame: config_file.ask())
+    logs.setup(config)
+    try:
+        listener = _listen(config.host, config.port)
+    except OSError as error:
+        why = (
+            "the port is taken, by LM Studio perhaps: stop that, or choose another with --port"
+            if error.errno == errno.EADDRINUSE
+            else error.strerror or str(error)
+        )
+        raise LMXError(f"cannot listen on {config.host}:{config.port}: {why}") from error
+    queue = InferenceQueue(config)
+    server = Server(
+        uvicorn.Config(
+            create_app(config, queue, config_file=config_file),
+            # httptools is 4 us a token faster, but drops the body of a request that offers h2c, as
+            # Java's client does, and limits no header; uvloop saves nothing with many streams.
+            http="h11",
+            loop="asyncio",
+            ws="none",
+            lifespan="on",
+            log_config=None,
+            access_log=False,
+            proxy_headers=False,
+            server_header=False,
+            timeout_keep_alive=KEEP_ALIVE_SECONDS,
+            timeout_graceful_shutdown=int(config.shutdown_grace_seconds) + SHUTDOWN_MARGIN_SECONDS,
+        ),
+        queue,
+        config.shutdown_grace_seconds,
+    )
+    logging.getLogger("lmx").info("serving on http://%s:%d", *listener.getsockname()[:2])
+    server.run(sockets=[listener])
+    return 0 if server.started and not server.broken else 1
+
+
+def raise_file_limit() -> None:
+    """launchd allows 256, and every connection is one."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = OPEN_FILES if hard == resource.RLIM_INFINITY else min(OPEN_FILES, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    [(family, kind, protocol, _, address), *_] = socket.getaddrinfo(
+        host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+    )
+    listener = socket.socket(family, kind, protocol)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind(address)
+        listener.listen(2048)
+    except OSError:
+        listener.close()
+        raise
+    return listener
+
+
+class Server(uvicorn.Server):
+    """uvicorn, except that a signal ends it with exit code 0 and streams get a last event."""
+
+    def __init__(self, config: uvicorn.Config, queue: InferenceQueue, grace: float) -> None:
+        super().__init__(config)
+        self._queue = queue
+        self._grace = grace
+        self._stopping: asyncio.AbstractEventLoop | None = None
+        self.broken = False
+        """What lives as long as the application has ended before it: launchd must start anew."""
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        # uvicorn's own raises the signal again when it is done: a death by signal to launchd.
+        self.should_exit = True
+        if self._stopping is not None and sig == signal.SIGINT:
+            self._stopping.call_soon_threadsafe(self._queue.abort)  # no grace after a second Ctrl-C
+
+    async def on_tick(self, counter: int) -> bool:
+        # uvicorn would go on to serve an application that has nothing left to answer with.
+        self.broken = bool(getattr(self.lifespan, "error_occurred", False))
+        return await super().on_tick(counter) or self.broken
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._stopping = asyncio.get_running_loop()
+        self._queue.refuse_new()
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(self._abort_later)
+            await super().shutdown(sockets)
+            tasks.cancel_scope.cancel()
+
+    async def _abort_later(self) -> None:
+        await anyio.sleep(self._grace)
+        self._queue.abort()
