@@ -22,6 +22,7 @@ from lmx.backends import (
     VectorEvent,
     Vocabulary,
 )
+from lmx.backends.lookup import Pays
 from lmx.backends.prefix_tree import common
 from lmx.chat_template import ChatTemplate
 from lmx.config import EngineSettings
@@ -31,6 +32,13 @@ VOCABULARY = 1000
 END = 999
 LONGEST = 998
 TEMPLATE = "{% for m in messages %}{{ m.content }}{% if not loop.last %} {% endif %}{% endfor %}"
+
+
+class Always(Pays):
+    """Guesses, and long ones, however long they take."""
+
+    worth = True
+    length = 32
 
 
 class FakeBackend:

@@ -11,20 +11,14 @@ import pytest
 from lmx.backends import Drafted, Sequence, TokenEvent
 from lmx.backends.gguf import GGUFBackend
 from lmx.backends.gguf_draft import CATCH_UP_TOKENS, DraftModel, Repeats
-from lmx.backends.lookup import Pays
 from lmx.config import EngineSettings
 from lmx.errors import ModelLoadFailed
 from lmx.generation import SamplingParams
 
+from .fakes import Always
 from .models import PLENTY, smollm2_gguf, tiny_gguf, tiny_metadata, tiny_tensors, write_gguf
 
 GREEDY = SamplingParams(temperature=0)
-
-
-class Always(Pays):
-    """However long a guess takes."""
-
-    worth = True
 
 
 def load(**settings: Any) -> GGUFBackend:

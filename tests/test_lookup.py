@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lmx.backends.lookup import PAUSE, STALE, TRIES, Lookup, Pays
+from lmx.backends.lookup import LENGTH, PAUSE, STALE, Lookup, Pays
 
 
 @pytest.mark.parametrize(
@@ -53,13 +53,13 @@ def test_however_the_text_came(text: list[int], cuts: list[int]) -> None:
     assert grown.propose(5) == Lookup(text).propose(5)
 
 
-def steps(pays: Pays, count: int, *, plain: float, guess: float, tokens: int) -> str:
-    """What each of so many steps was, `p` or `g`, when a plain one takes `plain` seconds and one
-    with a guess `guess` for so many tokens."""
+def steps(pays: Pays, count: int, *, plain: float, guess: float, right: bool) -> str:
+    """What each of so many steps was, `p` or `g`: a plain one takes `plain` seconds, one with a
+    guess `guess`, and all or nothing of it is right."""
     done = ""
     for _ in range(count):
         if pays.worth:
-            pays.guessed(guess, tokens)
+            pays.guessed(guess, pays.length, 1 + pays.length * right)
             done += "g"
         else:
             pays.plain(plain)
@@ -68,40 +68,41 @@ def steps(pays: Pays, count: int, *, plain: float, guess: float, tokens: int) ->
 
 
 def test_guessing_that_wins_goes_on() -> None:
-    """The first tries come at once, then one plain step to compare with, and one now and then."""
-    done = steps(Pays(), 3 * STALE, plain=1.0, guess=2.0, tokens=3)
-    assert done.startswith("g" * TRIES + "p" + "g" * STALE + "p" + "g" * STALE + "p")
+    """Of plain steps there is one to compare with, and one now and then."""
+    done = steps(Pays(), 3 * STALE, plain=1.0, guess=2.0, right=True)
+    assert done.startswith("p" + "g" * STALE + "p" + "g" * STALE + "p")
 
 
-@pytest.mark.parametrize("tokens", [1, 2], ids=["nothing was right", "as fast as without"])
-def test_guessing_that_loses_stops(tokens: int) -> None:
-    """It is tried again after pauses that grow up to a bound."""
-    done = steps(Pays(), 20_000, plain=1.0, guess=2.0, tokens=tokens)
-    pauses = [len(pause) for pause in done.split("g") if pause]
-    growing = [PAUSE[0] * 2**i for i in range(20) if PAUSE[0] * 2**i < PAUSE[1]]
-    assert pauses[1 : len(growing) + 3] == [*growing, PAUSE[1], PAUSE[1]]
+def test_guesses_grow_while_they_are_right() -> None:
+    """One that is all right is followed by one twice as long, one that is not by a short one."""
+    pays, lengths = Pays(), []
+    pays.plain(1.0)
+    for wrong in (0, 0, 0, 1, 0):
+        lengths.append(pays.length)
+        pays.guessed(1.5, pays.length, 1 + pays.length - wrong)
+    assert lengths == [LENGTH, 2 * LENGTH, 4 * LENGTH, 8 * LENGTH, LENGTH]
+
+
+@pytest.mark.parametrize(("right", "guess"), [(False, 1.5), (True, 1.0 + LENGTH)])
+def test_guessing_that_loses_stops(right: bool, guess: float) -> None:
+    """What was wrong, or no faster than without, is tried again after pauses that grow."""
+    pays, pause = Pays(), 0
+    pauses: list[int] = []
+    while len(pauses) < 8:
+        if pays.worth:
+            pays.guessed(guess, LENGTH, 1 + LENGTH * right)
+            pauses.append(pause)
+            pause = 0
+        else:
+            pays.plain(1.0)
+            pause += 1
+    assert pauses == [1, 4, 8, 16, 32, 64, 64, PAUSE[1]]
 
 
 def test_a_text_that_begins_to_repeat() -> None:
-    """After a try that wins the pauses are short again."""
+    """A try that wins makes the pauses short again."""
     pays = Pays()
-    steps(pays, 200, plain=1.0, guess=2.0, tokens=1)
-    assert "g" * STALE in steps(pays, 1000, plain=1.0, guess=2.0, tokens=5)
-    done = steps(pays, 300, plain=1.0, guess=2.0, tokens=1).lstrip("g")
-    assert done.index("g") == PAUSE[0]
-
-
-def test_one_slow_step_decides_nothing() -> None:
-    """A guess that the machine held up once does not end what wins otherwise."""
-    pays = Pays()
-    steps(pays, 20, plain=1.0, guess=1.5, tokens=3)
-    pays.guessed(5.0, 3)
-    assert pays.worth
-
-
-def test_plain_steps_without_a_guess_count() -> None:
-    """Where the text offers nothing to guess, the steps tell what plain ones take."""
-    pays = Pays()
-    for _ in range(10):
-        pays.plain(1.0)
-    assert "p" not in steps(pays, STALE - 1, plain=1.0, guess=2.0, tokens=3)
+    steps(pays, 2000, plain=1.0, guess=2.0, right=False)
+    assert "g" * STALE in steps(pays, 1000, plain=1.0, guess=2.0, right=True)
+    done = steps(pays, 300, plain=1.0, guess=2.0, right=False)
+    assert done.split("g")[1] == "p" * PAUSE[0]

@@ -24,6 +24,7 @@ from lmx.generation import SamplingParams
 from lmx.selftest import check
 
 from . import models
+from .fakes import Always
 from .models import PLENTY
 
 FOREVER = SamplingParams(temperature=0, logit_bias={0: -100.0, 2: -100.0})
@@ -402,6 +403,7 @@ def test_guessing_changes_nothing_but_the_number_of_steps(params: SamplingParams
     """With the real model: the same tokens with and without, greedy or drawn."""
     backend = MLXBackend(models.smollm2_mlx(), EngineSettings(), PLENTY)
     backend.use(frozenset({"draft"}))
+    backend._pays = Always()
     sequence = Sequence(1, repetitive(backend), 40, params)
     texts, events = run(backend, sequence)
     guesses = [event for event in events if isinstance(event, Drafted)]
@@ -418,6 +420,7 @@ def test_a_draft_model_guesses(tmp_path: Path) -> None:
     folder = of_kind(tmp_path / "tiny", {})
     settings = EngineSettings(draft_model=str(folder), draft_tokens=4)
     backend = MLXBackend(folder, settings, PLENTY)
+    backend._pays = Always()
     sequence = Sequence(1, words(300), 30, GREEDY)
     texts, events = run(backend, sequence)
     guesses = [event for event in events if isinstance(event, Drafted)]
@@ -442,6 +445,7 @@ def test_a_draft_model_costs_no_answer(tmp_path: Path) -> None:
     plain = MLXBackend(folder, EngineSettings(draft_tokens=0), PLENTY)
     [expected] = run(plain, Sequence(1, words(900), 130, GREEDY))[0].values()
     backend = MLXBackend(folder, settings, 10 * step)
+    backend._pays = Always()
     assert backend._draft
     for prompt in (words(900), words(20, 5000)):
         run(backend, Sequence(2, prompt, 20, GREEDY))
@@ -461,6 +465,7 @@ def test_a_guess_ends_with_its_row(tmp_path: Path, ending: str) -> None:
     """Max tokens and end tokens inside a guess end the answer there; a removed row leaves none."""
     folder = of_kind(tmp_path / "tiny", {})
     backend = MLXBackend(folder, EngineSettings(draft_model=str(folder)), PLENTY)
+    backend._pays = Always()
     sequence = Sequence(1, words(20), 1000, GREEDY)
     whole = MLXBackend(folder, EngineSettings(draft_tokens=0), PLENTY)
     if ending == "cut":

@@ -321,7 +321,7 @@ class GGUFBackend:
         if self._waiting or not row.announced or row.pending > 1:
             return False
         start = time.perf_counter()
-        most = min(self._draft_tokens, row.end - len(row.tokens) - 1)
+        most = min(self._draft_tokens, self._pays.length, row.end - len(row.tokens) - 1)
         most = min(most, self._cells.room(1 + most) - 1)
         guess = self._guesses.propose(row.tokens, most) if most > 0 else []
         if not guess or self._decode([(row, 1)], guess):
@@ -342,7 +342,7 @@ class GGUFBackend:
         events += [Drafted(row.uid, len(guess), accepted), *drawn]
         if finished:
             self._release(row)
-        self._pays.guessed(time.perf_counter() - start, len(drawn))
+        self._pays.guessed(time.perf_counter() - start, len(guess), len(drawn))
         return True
 
     def _prefill_slice(self, events: list[StepEvent], decoding: bool) -> None:

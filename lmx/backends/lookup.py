@@ -5,18 +5,17 @@ The idea is prompt lookup decoding's: https://github.com/apoorvumang/prompt-look
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Final
 
 LENGTHS: Final = (3, 2)
 """Of the endings looked up, the longest first: the longer, the likelier it goes on the same."""
 
 WEIGHT: Final = 1 / 8
-"""Of the newest measurement in an average."""
-TRIES: Final = 4
-"""Guesses before they are judged."""
-PAUSE: Final = (16, 1024)
-"""Tokens from one try that failed to the next; doubled each time."""
+"""Of the newest measurement in the average."""
+LENGTH: Final = 2
+"""Tokens of a first guess; twice as many after each that was all right."""
+PAUSE: Final = (4, 64)
+"""Plain steps from a guess that has lost time to the next; twice as many if that loses too."""
 STALE: Final = 128
 """Guesses after which it is measured again what a plain step takes: it grows with the context."""
 
@@ -52,53 +51,40 @@ class Lookup:
         return []
 
 
-@dataclass(slots=True)
-class _Rate:
-    """Seconds and tokens of a step: an average in which later ones weigh more."""
-
-    seconds: float = 0.0
-    tokens: float = 0.0
-    steps: int = 0
-
-    def add(self, seconds: float, tokens: int) -> None:
-        self.steps += 1
-        weight = max(WEIGHT, 1 / self.steps)
-        self.seconds += weight * (seconds - self.seconds)
-        self.tokens += weight * (tokens - self.tokens)
-
-
 class Pays:
-    """Whether guessing makes this model faster here, from what steps have taken."""
+    """Whether guessing makes this model faster here, from what steps have taken. What a guess that
+    goes wrong costs is kept small: it is short, and the next one is put off."""
 
     def __init__(self) -> None:
-        self._plain = _Rate()
-        self._guessed = _Rate()
-        self._stale = STALE - TRIES
-        """Guesses since the last plain step; at first a few are enough to want one."""
+        self._plain = 0.0
+        """Seconds of a plain step, on average."""
+        self._stale = STALE
+        """Guesses since the last plain step."""
         self._wait = 0
         """Plain steps until it is tried again."""
         self._pause = PAUSE[0]
+        self._length = LENGTH
 
     @property
     def worth(self) -> bool:
-        return self._wait == 0
+        return self._wait == 0 and self._stale < STALE
+
+    @property
+    def length(self) -> int:
+        """Tokens to guess at most."""
+        return self._length
 
     def plain(self, seconds: float) -> None:
         """A step without a guess has made one token, for whatever reason."""
-        self._plain.add(seconds, 1)
+        self._plain += (WEIGHT if self._plain else 1) * (seconds - self._plain)
         self._stale = 0
         self._wait = max(0, self._wait - 1)
 
-    def guessed(self, seconds: float, tokens: int) -> None:
-        """A step with a guess, guessing included, has made so many tokens."""
-        plain, guessed = self._plain, self._guessed
-        guessed.add(seconds, tokens)
+    def guessed(self, seconds: float, guess: int, tokens: int) -> None:
+        """A step with a guess of so many tokens, guessing included, has made `tokens` in all."""
         self._stale += 1
-        if self._stale >= STALE:
-            self._wait = 1
-        elif plain.steps and guessed.steps >= TRIES:
-            if guessed.seconds < guessed.tokens * plain.seconds:
-                self._pause = PAUSE[0]
-            else:
-                self._wait, self._pause = self._pause, min(2 * self._pause, PAUSE[1])
-                self._guessed = _Rate()
+        self._length = 2 * self._length if tokens > guess else LENGTH
+        if seconds < tokens * self._plain:
+            self._pause = PAUSE[0]
+        else:
+            self._wait, self._pause = self._pause, min(2 * self._pause, PAUSE[1])

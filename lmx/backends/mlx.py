@@ -427,7 +427,8 @@ class MLXBackend:
         if row is None or self._prompts or self._waiting or not self._pays.worth:
             return []
         start = time.perf_counter()
-        most = min(row.sequence.max_tokens - len(row.answer) - 1, self._settings.draft_tokens)
+        most = min(self._settings.draft_tokens, self._pays.length)
+        most = min(most, row.sequence.max_tokens - len(row.answer) - 1)
         more = self._draft.missing_bytes(row.length + most) if self._draft else 0
         if self._kv_size(growth=most + 1) + more > self._kv_bytes:
             return []
@@ -437,7 +438,7 @@ class MLXBackend:
             return []
         tokens = self._batch.verify(guess)
         self._guessed = True
-        self._pays.guessed(time.perf_counter() - start, len(tokens))
+        self._pays.guessed(time.perf_counter() - start, len(guess), len(tokens))
         events.append(Drafted(row.uid, len(guess), len(tokens) - 1))
         return [(row, token, None) for token in tokens]
 

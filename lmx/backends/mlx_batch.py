@@ -178,7 +178,8 @@ class Batch:
         order = [before[row] for row in rows]
         self.rows = rows
         self._inputs = inputs[mx.array(order, dtype=mx.uint32)]
-        mx.async_eval(self._inputs)  # before the next step is queued, which reads them
+        # Queued before the next step, which reads them.
+        mx.async_eval(self._inputs)  # type: ignore[no-untyped-call]
         self._reports = [reports[n] for n in order]
 
     def cache(self, row: Row) -> tuple[Cache, int]:
