@@ -423,10 +423,11 @@ class Registry:
 
     async def start(self) -> None:
         """Load what the configuration wants loaded."""
-        await self.models()  # the first look at a large disk takes seconds
-        await self.guard.start()
+        # Before the first request changes what is remembered.
         remembered, explicit = self._state.remembered, {*self._state.remembered.explicit}
         self._restoring = remembered.loaded if self.config.restore else []
+        await self.models()  # the first look at a large disk takes seconds
+        await self.guard.start()
         for name in dict.fromkeys([*self.config.preload, *self._restoring]):
             if remembered.starting.get(name, 0) >= START_ATTEMPTS:
                 logger.error("%s is not loaded at start: the last attempts ended LMX", name)
