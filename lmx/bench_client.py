@@ -17,11 +17,11 @@ from urllib.parse import urlsplit
 import msgspec
 import psutil
 
+from .config import LOCAL
 from .errors import GenerationFailed, LMXError
 
 REQUEST_SECONDS: Final = 900.0
 """From asking to the last token, a load and a long prompt on a slow machine included."""
-LOCAL: Final = {"localhost", "127.0.0.1", "::1"}
 
 Message = dict[str, str]
 

@@ -19,9 +19,10 @@ import msgspec
 import yaml
 
 from .client import LONG_SECONDS, Admin, connect
-from .config import DEFAULT_FILE, HOME, Config, load_config
+from .config import DEFAULT_FILE, HOME, LOCAL, Config, load_config
 from .errors import ConfigError, LMXError, Unreachable
 from .launchd import PLIST, SERVICE
+from .steps import wait
 from .terminal import (
     ERR,
     OUT,
@@ -37,7 +38,6 @@ from .terminal import (
     working,
 )
 
-LOCAL: Final = {"localhost", "127.0.0.1", "::1"}
 START_SECONDS: Final = 30.0
 STOP_SECONDS: Final = 60.0
 """The configuration's grace of 20 s, and what ends a runner by force."""
@@ -332,11 +332,8 @@ def _stop(admin: Admin, pid: int) -> None:
     if PLIST.exists():
         raise LMXError(f"launchd would start it again: sudo launchctl bootout {SERVICE}")
     os.kill(pid, signal.SIGTERM)
-    deadline = time.monotonic() + STOP_SECONDS
-    while _pid(admin) == pid:
-        if time.monotonic() > deadline:
-            raise LMXError(f"the server, process {pid}, does not end")
-        time.sleep(0.1)
+    late = f"the server, process {pid}, does not end"
+    wait(lambda: _pid(admin) != pid, STOP_SECONDS, late)
 
 
 def chat(options: argparse.Namespace) -> int:

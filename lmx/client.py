@@ -11,7 +11,7 @@ from typing import Any, Final
 import httpx2
 import msgspec
 
-from .config import Config, load_config
+from .config import load_config
 from .errors import ConfigError, LMXError, Unreachable
 
 CONNECT_SECONDS: Final = 5.0
@@ -91,14 +91,8 @@ def connect(options: argparse.Namespace) -> Admin:
     url, key = options.url, options.admin_key or os.environ.get("LMX_ADMIN_KEY")
     if url is None or key is None:
         config = load_config(None)
-        url, key = url or server_url(config), key or config.admin_key
+        url, key = url or config.url, key or config.admin_key
     return Admin(url, key)
-
-
-def server_url(config: Config) -> str:
-    """Where a server with this configuration answers on its own machine."""
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(config.host, config.host)
-    return f"http://{f'[{host}]' if ':' in host else host}:{config.port}"
 
 
 def _lines(answer: httpx2.Response) -> Iterator[bytes]:

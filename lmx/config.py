@@ -14,6 +14,8 @@ from .errors import ConfigError
 HOME: Final = Path("~/.opta-lmx")
 DEFAULT_FILE: Final = HOME / "config.yaml"
 """Read if it is there and no other is named."""
+LOCAL: Final = {"localhost", "127.0.0.1", "::1"}
+"""Names of this machine that no other can reach it by."""
 KV_TOKENS: Final = 32768
 """The longest context whose KV cache is reserved at load where the configuration names none. MLX
 gets more when a request needs it and memory is free; llama.cpp allocates it all at load."""
@@ -145,6 +147,12 @@ class Config(Section, frozen=True):
     engine: EngineSettings = EngineSettings()
     memory: MemoryLimits = MemoryLimits()
     hub: HubSettings = HubSettings()
+
+    @property
+    def url(self) -> str:
+        """Where a server with this configuration answers on its own machine."""
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
+        return f"http://{f'[{host}]' if ':' in host else host}:{self.port}"
 
     def model(self, id: str) -> ModelSettings:
         return self.models.get(id, ModelSettings())

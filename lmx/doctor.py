@@ -19,7 +19,7 @@ import psutil
 
 from . import inventory, memory
 from .bench_client import listener
-from .client import Admin, server_url
+from .client import Admin
 from .config import DEFAULT_FILE, Config, load_config
 from .errors import ConfigError, LMXError, ModelCorrupt
 from .inference import runner_environment
@@ -87,7 +87,7 @@ def checks(options: argparse.Namespace) -> Iterator[Check]:
 
 def port(config: Config, url: str | None) -> Check:
     """Good if LMX itself has it, or nobody."""
-    asked = url or server_url(config)
+    asked = url or config.url
     try:
         health = Admin(asked).get("/health")
         return Check("port", "ok", f"LMX {health['version']} answers at {asked}")

@@ -105,6 +105,7 @@ class ModelUnloaded(LMXError):
 
 
 UNLOADED: Final = "The model was unloaded."
+INTERNAL: Final = "The server had an internal error."
 
 
 class Conflict(LMXError):

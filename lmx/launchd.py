@@ -20,7 +20,7 @@ from typing import Any, Final
 from urllib.parse import urlsplit
 from xml.parsers.expat import ExpatError
 
-from .config import HOME, Config, load_config
+from .config import HOME, LOCAL, Config, load_config
 from .daemon_plist import exit_timeout, faults, filled
 from .errors import ConfigError, InstallFailed
 from .steps import (
@@ -92,11 +92,6 @@ def _health(url: str) -> dict[str, Any] | None:
         return None
     # LM Studio answers 200 on any path.
     return answer if isinstance(answer, dict) and "version" in answer else None
-
-
-def _url(config: Config) -> str:
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(config.host, config.host)
-    return f"http://{f'[{host}]' if ':' in host else host}:{config.port}"
 
 
 def _is_taken(url: str) -> bool:
@@ -179,7 +174,7 @@ def install(options: argparse.Namespace, machine: Machine = MACHINE) -> int:
         config = Config(host="0.0.0.0", log_file=f"{LOGS}/lmx.log")
         text = f"host: {config.host}\nlog_file: {config.log_file}\n"
         steps.append(file(machine, path, text, user, 0o600))
-    url = _url(config)
+    url = config.url
     if config.port == 0:
         raise ConfigError(f"{path}: port: a daemon needs one of its own")
     if _print() is None and _is_taken(url):
@@ -201,7 +196,7 @@ def install(options: argparse.Namespace, machine: Machine = MACHINE) -> int:
         _answer(url, machine.answer_seconds),
     ]
     carry_out(steps, dry_run=options.dry_run)
-    if config.host not in ("127.0.0.1", "::1", "localhost"):
+    if config.host not in LOCAL:
         say(
             f"lmx listens on {config.host}:{config.port}: whoever reaches this machine may use its "
             "models"
@@ -227,7 +222,7 @@ def status(options: argparse.Namespace, machine: Machine = MACHINE) -> int:
     """0 if the server answers, else 3."""
     plist, job = _installed(machine), _print()
     path = _config_of(plist)
-    url = options.url or _url(load_config(path and machine.at(path)))
+    url = options.url or load_config(path and machine.at(path)).url
     health = _health(url)
     version = health and health["version"]
     if options.json:

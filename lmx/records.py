@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Final
 
-from .errors import LMXError
+from .errors import INTERNAL, LMXError
 from .inference import Generation
 
 ERRORS_KEPT: Final = 20
@@ -42,7 +42,7 @@ class RequestRecord:
         if isinstance(error, LMXError):
             self.code, self.message = error.code or error.type, error.message
         else:
-            self.code, self.message = "internal_error", "The server had an internal error."
+            self.code, self.message = "internal_error", INTERNAL
 
     @property
     def finish(self) -> str | None:

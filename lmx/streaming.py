@@ -19,7 +19,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from .errors import LMXError, error_body
+from .errors import INTERNAL, LMXError, error_body
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -28,7 +28,7 @@ DONE: Final = b"data: [DONE]\n\n"
 KEEP_ALIVE: Final = b": keep-alive\n\n"
 """A comment: clients must ignore it (https://html.spec.whatwg.org/multipage/server-sent-events.html)."""
 
-INTERNAL_ERROR: Final = error_body("The server had an internal error.", type="server_error")
+INTERNAL_ERROR: Final = error_body(INTERNAL, type="server_error")
 """What a client learns about a fault of ours that has no error class; the log has the rest."""
 
 

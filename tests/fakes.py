@@ -9,6 +9,7 @@ from array import array
 from pathlib import Path
 
 from lmx.backends import (
+    Backend,
     BackendBroken,
     Drafted,
     Feature,
@@ -39,6 +40,25 @@ class Always(Pays):
 
     worth = True
     length = 32
+
+
+class Only:
+    """A constraint to these tokens in turn, then to the end token, for rows of llama.cpp."""
+
+    def __init__(self, backend: Backend, tokens: list[int]) -> None:
+        self._size = len(backend.vocabulary.tokens)
+        self._tokens = [*tokens, min(backend.vocabulary.end)]
+
+    def restart(self, answer: list[int]) -> None:
+        raise AssertionError("llama.cpp's rows keep their state")
+
+    def accept(self, token: int) -> None:
+        assert token == self._tokens.pop(0)
+
+    def mask(self) -> bytes | None:
+        mask = bytearray(-(-self._size // 32) * 4)
+        mask[self._tokens[0] // 8] |= 1 << self._tokens[0] % 8
+        return bytes(mask)
 
 
 class FakeBackend:

@@ -26,6 +26,7 @@ from lmx.config import EngineSettings
 from lmx.errors import ModelLoadFailed
 from lmx.generation import SamplingParams
 
+from .fakes import Only
 from .models import PLENTY, smollm2_gguf
 
 GREEDY = SamplingParams(temperature=0)
@@ -63,10 +64,11 @@ def assert_idle(backend: GGUFBackend) -> None:
 
 def assert_empty(backend: GGUFBackend) -> None:
     cells = backend._cells
+    cache = llama_cpp.llama_get_memory(backend._model.context)
     assert not cells.used and not cells.parked
     assert sorted(cells.free_ids) == list(range(backend._model.seq_ids))
     for seq_id in cells.free_ids:
-        assert llama_cpp.llama_memory_seq_pos_max(backend._model.cache, seq_id) == -1
+        assert llama_cpp.llama_memory_seq_pos_max(cache, seq_id) == -1
 
 
 def question(backend: GGUFBackend, text: str) -> list[int]:
@@ -557,25 +559,6 @@ def test_a_common_prompt_counts_once_for_admission() -> None:
     backend.close()
 
 
-class Only:
-    """A constraint to these tokens in turn, then to the end token."""
-
-    def __init__(self, backend: GGUFBackend, text: str) -> None:
-        self._size = len(backend.vocabulary.tokens)
-        self._tokens = [*backend.tokenize(text), min(backend.vocabulary.end)]
-
-    def restart(self, answer: list[int]) -> None:
-        raise AssertionError("llama.cpp's rows keep their state")
-
-    def accept(self, token: int) -> None:
-        assert token == self._tokens.pop(0)
-
-    def mask(self) -> bytes | None:
-        mask = bytearray(-(-self._size // 32) * 4)
-        mask[self._tokens[0] // 8] |= 1 << self._tokens[0] % 8
-        return bytes(mask)
-
-
 def test_a_constraint_holds_its_row_and_no_other(backend: GGUFBackend) -> None:
     """Greedy, hot and penalized rows write what they are forced to, beside a free one."""
     prompt = question(backend, "What is the capital of France?")
@@ -585,7 +568,9 @@ def test_a_constraint_holds_its_row_and_no_other(backend: GGUFBackend) -> None:
     backend.add(Sequence(0, list(prompt), 8, GREEDY))
     row = backend._waiting[0]
     for uid, params in enumerate(several, start=1):
-        backend.add(Sequence(uid, list(prompt), 50, params, Only(backend, wanted)))
+        backend.add(
+            Sequence(uid, list(prompt), 50, params, Only(backend, backend.tokenize(wanted)))
+        )
     events = drain(backend, {0, 1, 2, 3})
     for uid in (1, 2, 3):
         assert b"".join(texts(backend, events[uid][:-1])).decode() == wanted

@@ -15,7 +15,7 @@ from lmx.config import EngineSettings
 from lmx.errors import ModelLoadFailed
 from lmx.generation import SamplingParams
 
-from .fakes import Always
+from .fakes import Always, Only
 from .models import PLENTY, smollm2_gguf, tiny_gguf, tiny_metadata, tiny_tensors, write_gguf
 
 GREEDY = SamplingParams(temperature=0)
@@ -83,25 +83,6 @@ def test_guesses_change_nothing(backend: GGUFBackend, params: SamplingParams) ->
         assert plain_steps - steps in (right, right - 1)  # the end itself may have been guessed
         accepted += right
     assert accepted
-
-
-class Only:
-    """A constraint to these tokens in turn, then to the end token."""
-
-    def __init__(self, backend: GGUFBackend, tokens: list[int]) -> None:
-        self._size = len(backend.vocabulary.tokens)
-        self._tokens = [*tokens, min(backend.vocabulary.end)]
-
-    def restart(self, answer: list[int]) -> None:
-        raise AssertionError("llama.cpp's rows keep their state")
-
-    def accept(self, token: int) -> None:
-        assert token == self._tokens.pop(0)
-
-    def mask(self) -> bytes | None:
-        mask = bytearray(-(-self._size // 32) * 4)
-        mask[self._tokens[0] // 8] |= 1 << self._tokens[0] % 8
-        return bytes(mask)
 
 
 def test_a_constraint_holds_at_every_place(backend: GGUFBackend) -> None:

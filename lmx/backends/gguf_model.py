@@ -83,9 +83,9 @@ class GGUFModel:
         self.context = llama_cpp.llama_init_from_model(self._model, params)
         if not self.context:
             raise ModelLoadFailed(f"no context of {self.context_length} tokens: {llama.errors()}")
-        self.cache: Any = llama_cpp.llama_get_memory(self.context)
+        memory = llama_cpp.llama_get_memory(self.context)
         pooling = llama_cpp.llama_pooling_type(self.context)
-        if not self.cache or pooling != llama_cpp.LLAMA_POOLING_TYPE_NONE:
+        if not memory or pooling != llama_cpp.LLAMA_POOLING_TYPE_NONE:
             raise ModelLoadFailed("an embedding model, which generates no text")
         self.cells: int = llama_cpp.llama_n_ctx(self.context)
 

@@ -161,8 +161,9 @@ class MLXBackend:
     def step(self) -> list[StepEvent]:
         self._give_way()
         self._admit()
-        self._prefixes.evict(self._room)
-        self._kv_peak = max(self._kv_peak, self._kv_size() + self._prefixes.bytes)
+        size = self._kv_size()
+        self._prefixes.evict(self._kv_bytes - size)
+        self._kv_peak = max(self._kv_peak, size + self._prefixes.bytes)
         events, self._failed = self._failed, []
         budget = self._rate.slice_tokens(decoding=bool(self._batch.rows))
         while self._prompts and budget > 0 and not self._owing:

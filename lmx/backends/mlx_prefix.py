@@ -120,16 +120,16 @@ class Prefixes:
             return
         left, chosen = self._disk_bytes, []
         for tokens, pieces, here in self._tree.paths():
-            lengths = [p[0][0].shape[2] if p else 0 for p in pieces]
-            cache = restored(self._network, list(zip(pieces, lengths, strict=True)), here)
-            if (size := sum(layer.nbytes for layer in cache)) <= left:
+            size = sum(map(piece_bytes, pieces)) + state_bytes(here or [])
+            if size <= left:
                 left -= size
-                chosen.append((tokens, cache))
+                chosen.append((tokens, pieces, here))
         while chosen:  # the last first: of two files the folder gives up the one written earlier
-            tokens, cache = chosen.pop()
-            self._disk.add(tokens, partial(_write, cache))
+            tokens, pieces, here = chosen.pop()
+            self._disk.add(tokens, partial(self._write, pieces, here))
 
-
-def _write(cache: Cache, path: Path) -> None:
-    with path.open("wb") as file:
-        save_prompt_cache(file, cache)
+    def _write(self, pieces: list[Piece], here: State | None, path: Path) -> None:
+        lengths = [p[0][0].shape[2] if p else 0 for p in pieces]
+        cache = restored(self._network, list(zip(pieces, lengths, strict=True)), here)
+        with path.open("wb") as file:
+            save_prompt_cache(file, cache)
