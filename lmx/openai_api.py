@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
 from functools import partial
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import anyio
 import msgspec
@@ -43,6 +43,7 @@ Chunk = ChatCompletionChunk | Completion
 Look = tuple[Chunk, list[Any]]
 """What a chunk has beside choices, and the choices that go out now, one in each chunk; without any
 it is the last one, with the usage."""
+T = TypeVar("T")
 
 
 async def health(request: Request[State]) -> dict[str, Any]:
@@ -105,10 +106,11 @@ async def _answer(
         pieces: ChatPieces | TextPieces = ChatPieces(wanted)
     else:
         pieces = TextPieces(n=body.answers, each=wanted.n, logprobs=body.logprobs is not None)
-    looks = _looks(request.state, body, model, wanted, pieces)
+    looks = partial(_looks, request.state, body, model, wanted, pieces)
     if body.stream:
-        return EventStream(_events(looks))
-    return WireResponse(await unless_disconnected(request.receive, partial(_fold, looks, pieces)))
+        return EventStream(looks(_Encoder()), last=DONE)
+    fold = partial(_fold, looks(lambda *look: look), pieces)
+    return WireResponse(await unless_disconnected(request.receive, fold))
 
 
 async def _resolve(
@@ -147,7 +149,8 @@ async def _looks(
     model: catalog.Model,
     wanted: GenerationRequest,
     pieces: ChatPieces | TextPieces,
-) -> AsyncGenerator[Look]:
+    shaped: Callable[[Chunk, list[Any]], T],
+) -> AsyncGenerator[T]:
     """The answers in OpenAI's pieces, as many at a time as have come since the last look.
 
     The first ones come with the first event of the model, not when the request is accepted: until
@@ -173,7 +176,7 @@ async def _looks(
                 if isinstance(delta, Delta):
                     choices += pieces.of(delta)
             if choices:
-                yield chunk, choices
+                yield shaped(chunk, choices)
                 choices = []
             if last is not None and include_usage:
                 usage = Usage(
@@ -186,7 +189,8 @@ async def _looks(
                 )
                 draft = state["registry"].config.engine_for(model.id).draft_model
                 stats = schema.Stats.of(usage, draft)
-                yield replace(chunk, usage=schema.CompletionUsage.of(usage), stats=stats), []
+                used = schema.CompletionUsage.of(usage)
+                yield shaped(replace(chunk, usage=used, stats=stats), [])
 
 
 @asynccontextmanager
@@ -228,20 +232,20 @@ def _finished(events: list[Delta | Embedded | Finished]) -> Finished | None:
     return last
 
 
-async def _events(looks: AsyncGenerator[Look]) -> AsyncGenerator[bytes]:
-    """A chunk for each piece. What is the same in all is encoded once."""
-    before = after = b""
-    async with aclosing(looks):
-        async for chunk, choices in looks:
-            if not choices:
-                yield encode_event(chunk)
-                continue
-            if not before:
-                # No string can hold this: its quotes would have backslashes.
-                before, empty, after = encode_event(chunk).partition(b'"choices":[]')
-                before, after = before + empty[:-1], empty[-1:] + after
-            yield b"".join([before + encode_json(choice) + after for choice in choices])
-    yield DONE
+class _Encoder:
+    """An event for each piece. What is the same in all is encoded once."""
+
+    def __init__(self) -> None:
+        self._before = self._after = b""
+
+    def __call__(self, chunk: Chunk, choices: list[Any]) -> bytes:
+        if not choices:
+            return encode_event(chunk)
+        if not self._before:
+            # No string can hold this: its quotes would have backslashes.
+            before, empty, after = encode_event(chunk).partition(b'"choices":[]')
+            self._before, self._after = before + empty[:-1], empty[-1:] + after
+        return b"".join([self._before + encode_json(c) + self._after for c in choices])
 
 
 async def _fold(looks: AsyncGenerator[Look], pieces: ChatPieces | TextPieces) -> schema.Answer:

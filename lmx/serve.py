@@ -25,6 +25,9 @@ KEEP_ALIVE_SECONDS = 75
 SHUTDOWN_MARGIN_SECONDS = 5
 """From failing what still runs to cutting the connections."""
 
+TICK_SECONDS = 1.0
+"""From one look whether the application has ended to the next; the `Date` header is as old."""
+
 OPEN_FILES = 10240
 """As many as macOS lets a process ask for (OPEN_MAX)."""
 
@@ -99,15 +102,25 @@ class Server(uvicorn.Server):
         super().__init__(config)
         self._queue = queue
         self._grace = grace
-        self._stopping: asyncio.AbstractEventLoop | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._exit = asyncio.Event()
         self.broken = False
         """What lives as long as the application has ended before it: launchd must start anew."""
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         # uvicorn's own raises the signal again when it is done: a death by signal to launchd.
+        # No grace after a second Ctrl-C.
+        again = self.should_exit and sig == signal.SIGINT
         self.should_exit = True
-        if self._stopping is not None and sig == signal.SIGINT:
-            self._stopping.call_soon_threadsafe(self._queue.abort)  # no grace after a second Ctrl-C
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self._queue.abort if again else self._exit.set)
+
+    async def main_loop(self) -> None:
+        # uvicorn's own looks ten times a second: half of what an idle server would do.
+        self._loop = asyncio.get_running_loop()
+        while not await self.on_tick(0):
+            with anyio.move_on_after(TICK_SECONDS):
+                await self._exit.wait()
 
     async def on_tick(self, counter: int) -> bool:
         # uvicorn would go on to serve an application that has nothing left to answer with.
@@ -115,7 +128,6 @@ class Server(uvicorn.Server):
         return await super().on_tick(counter) or self.broken
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        self._stopping = asyncio.get_running_loop()
         self._queue.refuse_new()
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(self._abort_later)

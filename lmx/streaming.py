@@ -48,30 +48,34 @@ async def unless_disconnected(
     """What `work` returns or raises; it is cancelled as soon as the client is gone.
 
     The request's body must have been read: from then on ASGI has only `http.disconnect` to tell.
-    Each of `watchers` runs beside the work and returns if it finds the client gone.
+    Each of `watchers` runs beside the work and returns if it finds the client gone. The work has a
+    task of its own: in the request's, a wake-up for each token goes through every middleware.
 
     Raises:
         ClientDisconnect: the client left first.
     """
 
-    async def disconnected() -> None:
-        while (await receive())["type"] != "http.disconnect":
-            pass
-
-    async def leave_after(watcher: Callable[[], Awaitable[None]]) -> None:
-        await watcher()
-        tasks.cancel_scope.cancel()
-
     done: list[T] = []
     failed: list[Exception] = []
-    async with anyio.create_task_group() as tasks:
-        for watcher in (disconnected, *watchers):
-            tasks.start_soon(leave_after, watcher)
+
+    async def do() -> None:
         # An error that left the group would come out wrapped in an ExceptionGroup.
         try:
             done.append(await work())
         except Exception as error:
             failed.append(error)
+        tasks.cancel_scope.cancel()
+
+    async def leave_after(watcher: Callable[[], Awaitable[None]]) -> None:
+        await watcher()
+        tasks.cancel_scope.cancel()
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(do)
+        for watcher in watchers:
+            tasks.start_soon(leave_after, watcher)
+        while (await receive())["type"] != "http.disconnect":
+            pass
         tasks.cancel_scope.cancel()
     if failed:
         raise failed[0]
@@ -84,8 +88,8 @@ class EventStream(Response):
     """Sends encoded events as they are made; several may come in one piece.
 
     The status is sent with the first of them, so an error before it is raised to the exception
-    handlers and gets a status of its own. From then on an error is one last event, and neither
-    `[DONE]` nor anything else follows it. While there is nothing to send, comments keep the
+    handlers and gets a status of its own. From then on an error is the last event, in place of the
+    one that says `last` that all has been sent. While there is nothing to send, comments keep the
     connection busy, because clients and proxies give up on a silent one.
     """
 
@@ -95,6 +99,7 @@ class EventStream(Response):
         self,
         events: AsyncGenerator[bytes],
         *,
+        last: bytes = b"",
         keep_alive_seconds: float = 15.0,
         write_timeout_seconds: float = 60.0,
     ) -> None:
@@ -103,6 +108,7 @@ class EventStream(Response):
         # X-Accel-Buffering: nginx would hold events back until its buffer is full.
         self.init_headers({"cache-control": "no-cache", "x-accel-buffering": "no"})
         self._events = events
+        self._last = last
         self._keep_alive_seconds = keep_alive_seconds
         self._write_timeout_seconds = write_timeout_seconds
 
@@ -136,6 +142,7 @@ class EventStream(Response):
             async with aclosing(self._events) as events:
                 async for piece in events:
                     await writer.write(piece)
+            last = self._last
         except ClientDisconnect:
             raise
         except Exception as error:
@@ -147,8 +154,8 @@ class EventStream(Response):
             else:
                 logger.exception("a stream failed")
                 body = INTERNAL_ERROR
-            await writer.write(encode_event(body))
-        await writer.write(b"", more=False)
+            last = encode_event(body)
+        await writer.write(last, more=False)
 
 
 class _Writer:

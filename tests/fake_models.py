@@ -87,7 +87,10 @@ class FakeGeneration(Generation):
         self._steps = steps
         self._waiting = waiting
 
-    async def __aiter__(self) -> AsyncIterator[Events]:
+    def __aiter__(self) -> AsyncIterator[Events]:
+        return self._play()
+
+    async def _play(self) -> AsyncIterator[Events]:
         for step in self._steps:
             if isinstance(step, anyio.Event):
                 self._waiting.set()

@@ -155,7 +155,7 @@ async def test_text_waits_for_a_slow_reader_in_one_piece() -> None:
     generation = Generation(1)
     for number in range(3):
         generation.put(delta(1, str(number), number, "length" if number == 2 else None))
-    generation.put(Finished(1, 3))
+    generation.end(Finished(1, 3))
     batches = [batch async for batch in generation]
     assert batches == [[delta(1, "012", 2, "length"), Finished(1, 3)]]
 
@@ -174,8 +174,9 @@ async def test_text_waits_for_a_slow_reader_in_one_piece() -> None:
 async def test_what_does_not_belong_together_stays_apart(first: Delta, second: Delta) -> None:
     """Only text that goes on is joined, and what is said about each token keeps its token."""
     generation = Generation(1)
-    for event in (deepcopy(first), second, Finished(1)):
+    for event in (deepcopy(first), second):
         generation.put(event)
+    generation.end(Finished(1))
     assert [batch async for batch in generation] == [[first, second, Finished(1)]]
 
 
