@@ -324,7 +324,7 @@ def test_more_sequences_than_fit_wait_in_order(backend: GGUFBackend) -> None:
 @pytest.mark.parametrize("stage", ["waiting", "prefilling", "decoding"])
 def test_remove(backend: GGUFBackend, monkeypatch: pytest.MonkeyPatch, stage: str) -> None:
     """A removed sequence gives its cells back at once, and no event follows."""
-    monkeypatch.setattr(PrefillRate, "slice_tokens", lambda self, *, decoding: 32)
+    monkeypatch.setattr(PrefillRate, "slice_tokens", lambda self, context, *, decoding: 32)
     backend.add(Sequence(1, backend.tokenize("word " * 80), 100, GREEDY))
     if stage != "waiting":
         backend.step()
@@ -339,7 +339,7 @@ def test_long_prompt_does_not_hold_up_decoding(
     backend: GGUFBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """While a prompt is prefilled in slices, every step still decodes."""
-    monkeypatch.setattr(PrefillRate, "slice_tokens", lambda self, *, decoding: 32)
+    monkeypatch.setattr(PrefillRate, "slice_tokens", lambda self, context, *, decoding: 32)
     backend.add(Sequence(1, backend.tokenize("The sea is"), 100, GREEDY))
     backend.step()
     backend.add(Sequence(2, backend.tokenize("word " * 200), 100, GREEDY))

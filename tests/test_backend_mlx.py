@@ -326,7 +326,7 @@ def test_the_bytes_of_sentencepiece_tokens() -> None:
 
 def narrow_slices(path: Path, monkeypatch: pytest.MonkeyPatch) -> MLXBackend:
     """A backend that takes 32 tokens of a prompt at a time, as if it were very slow."""
-    monkeypatch.setattr(PrefillRate, "slice_tokens", lambda self, *, decoding: 32)
+    monkeypatch.setattr(PrefillRate, "slice_tokens", lambda self, context, *, decoding: 32)
     return MLXBackend(path, EngineSettings(), PLENTY)
 
 

@@ -247,7 +247,7 @@ def test_what_the_pool_cannot_hold_is_not_read(tmp_path: Path) -> None:
 def test_nobody_waits_for_what_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of three that wait for each other the first one goes, and the second one begins with more
     than the third one waited for."""
-    monkeypatch.setattr(PrefillRate, "slice_tokens", lambda self, *, decoding: 32)
+    monkeypatch.setattr(PrefillRate, "slice_tokens", lambda self, context, *, decoding: 32)
     prompt = list(range(100, 500))
     backend = load(**on_disk(tmp_path, prompt))
     for uid, other in enumerate([[*prompt[:100], *[9] * 100], prompt, [*prompt[:200], 9, 9]]):
@@ -293,7 +293,7 @@ def test_short_prompts_pass_long_ones(
     backend: GGUFBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Those that fit into a slice go first, but the one that came first has every other slice."""
-    monkeypatch.setattr(PrefillRate, "slice_tokens", lambda self, *, decoding: 32)
+    monkeypatch.setattr(PrefillRate, "slice_tokens", lambda self, context, *, decoding: 32)
     computed: list[list[int]] = []
     decode = backend._decode
 
@@ -316,7 +316,7 @@ def test_what_a_short_prompt_waits_for_comes_early(
 ) -> None:
     """It shares a little with a long prompt that comes behind another long one, and does not wait
     for that other."""
-    monkeypatch.setattr(PrefillRate, "slice_tokens", lambda self, *, decoding: 64)
+    monkeypatch.setattr(PrefillRate, "slice_tokens", lambda self, context, *, decoding: 64)
     system = [20] * 40
     for uid, prompt in enumerate([[21] * 400, system + [22] * 400, [*system, 23, 23]]):
         backend.add(Sequence(uid, prompt, 1, GREEDY))

@@ -162,7 +162,7 @@ def test_requests_that_begin_alike_wait_for_one_of_them(tmp_path: Path) -> None:
 @pytest.fixture
 def slowly(monkeypatch: pytest.MonkeyPatch) -> None:
     """32 tokens of a prompt a step."""
-    monkeypatch.setattr(PrefillRate, "slice_tokens", lambda self, *, decoding: 32)
+    monkeypatch.setattr(PrefillRate, "slice_tokens", lambda self, context, *, decoding: 32)
 
 
 @pytest.mark.usefixtures("slowly")

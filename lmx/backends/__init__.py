@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal, Protocol
@@ -16,6 +17,8 @@ from ..mlx_folder import read_folder
 FIRST_SLICE_TOKENS: Final = 256
 SLICE_TOKENS: Final = (32, 2048)
 """Bounds of one slice of prefill; beyond the upper one neither engine computes faster."""
+CONTEXT_TOKENS: Final = 4096
+"""Where attention is thought to take as long as all else, until measured."""
 IDLE_SLICE_SECONDS: Final = 1.0
 """A slice while nothing decodes: what a new request or a cancellation waits for at most."""
 
@@ -139,22 +142,39 @@ class BackendBroken(Exception):
 
 
 class PrefillRate:
-    """Sizes the slices of prefill by time, from the rate of those before."""
+    """Sizes the slices of prefill by time: what a token takes grows with those before it, by
+    attention. Both parts of that are learnt from each slice (normalized least mean squares)."""
 
     def __init__(self, slice_seconds: float) -> None:
         self._seconds = slice_seconds
-        self._rate = FIRST_SLICE_TOKENS / slice_seconds
+        self._first = slice_seconds / FIRST_SLICE_TOKENS
+        """Seconds that a prompt's first token takes."""
+        self._growth = 0.0
+        """By so much longer takes each next one."""
 
-    def slice_tokens(self, *, decoding: bool) -> int:
-        """Tokens that running streams should wait for; more while there are none."""
+    def slice_tokens(self, context: int = 0, *, decoding: bool) -> int:
+        """Tokens behind `context` others that running streams should wait for; more while there
+        are none."""
         seconds = self._seconds if decoding else max(self._seconds, IDLE_SLICE_SECONDS)
         low, high = SLICE_TOKENS
-        return max(low, min(high, int(self._rate * seconds)))
+        each = self._first + self._growth * context
+        # seconds = each n + growth n^2 / 2
+        tokens = 2 * seconds / (each + math.sqrt(each**2 + 2 * self._growth * seconds))
+        return max(low, min(high, int(tokens)))
 
-    def measured(self, tokens: int, seconds: float) -> None:
-        """What a slice has really taken; a very short one measures overhead and is ignored."""
-        if tokens >= SLICE_TOKENS[0] and seconds > 0:
-            self._rate = (self._rate + tokens / seconds) / 2
+    def measured(self, tokens: int, seconds: float, context: float = 0.0) -> None:
+        """What a slice has really taken, with so many tokens before each of its own on average; a
+        very short one measures overhead and is ignored."""
+        if tokens < SLICE_TOKENS[0]:
+            return
+        expected = self._first + self._growth * context
+        error = seconds / tokens - expected
+        # Too long a slice is felt, so its lesson counts twice; but one outlier is no rule.
+        error = min(error, expected) if error > 0 else error / 2
+        x = context / CONTEXT_TOKENS
+        error /= 1 + x**2
+        self._first = max(self._first / 2, self._first + error)
+        self._growth = max(0.0, self._growth + error * x / CONTEXT_TOKENS)
 
 
 class Template(Protocol):

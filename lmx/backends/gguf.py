@@ -346,9 +346,10 @@ class GGUFBackend:
         return True
 
     def _prefill_slice(self, events: list[StepEvent], decoding: bool) -> None:
-        slice_tokens = self._rate.slice_tokens(decoding=decoding)
         # With one token pending and none cached it is a prompt of one token: it decodes.
         prefilling = [row for row in self._running if row.pending > 1 and not row.leader]
+        context = max((row.cached for row in prefilling), default=0)
+        slice_tokens = self._rate.slice_tokens(context, decoding=decoding)
         wanted = sum(row.pending for row in prefilling)
         room = min(slice_tokens, self._batch.size, wanted)
         room = min(room, self._cells.room(room))
@@ -373,7 +374,9 @@ class GGUFBackend:
                 self._fail(row, events)
                 return
         llama_cpp.llama_synchronize(self._context)
-        self._rate.measured(sum(count for _, count in batch), time.perf_counter() - start)
+        tokens = sum(count for _, count in batch)
+        contexts = sum(count * (row.cached - count / 2) for row, count in batch)
+        self._rate.measured(tokens, time.perf_counter() - start, contexts / tokens)
         for row, _ in batch:
             if row.cached in row.borders:
                 self._snapshots.keep(row.seq_id, row.tokens[: row.cached])

@@ -165,7 +165,8 @@ class MLXBackend:
         self._prefixes.evict(self._kv_bytes - size)
         self._kv_peak = max(self._kv_peak, size + self._prefixes.bytes)
         events, self._failed = self._failed, []
-        budget = self._rate.slice_tokens(decoding=bool(self._batch.rows))
+        context = max((prompt.done for prompt in self._prompts), default=0)
+        budget = self._rate.slice_tokens(context, decoding=bool(self._batch.rows))
         while self._prompts and budget > 0 and not self._owing:
             budget -= self._prefill(budget, events)
         # First tokens go out before the next ones are computed; those are put off only once.
@@ -296,9 +297,10 @@ class MLXBackend:
                     self._begin(prompt)
             if len(chosen) * max(prompt.left for prompt in chosen) > budget:
                 chosen = chosen[:1]  # what was known of one has been evicted
-            start = time.perf_counter()
+            start, before = time.perf_counter(), chosen[0].done
             count, logits = self._compute(chosen, budget)
-            self._rate.measured(count, time.perf_counter() - start)
+            context = (before + chosen[0].done) / 2
+            self._rate.measured(count, time.perf_counter() - start, context)
             for prompt in chosen:
                 self._keep_prompt(prompt)
             ended = [n for n, prompt in enumerate(chosen) if not prompt.left]
