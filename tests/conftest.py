@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -11,6 +12,8 @@ from .fake_models import Server
 
 # Before llama.cpp is imported: its idle threads would spin while other tests' runners work.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+# A shell ignores it for what it starts in the background, and so would every program started here.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture
