@@ -332,7 +332,7 @@ def _stop(admin: Admin, pid: int) -> None:
     if PLIST.exists():
         raise LMXError(f"launchd would start it again: sudo launchctl bootout {SERVICE}")
     os.kill(pid, signal.SIGTERM)
-    late = f"the server, process {pid}, does not end"
+    late = LMXError(f"the server, process {pid}, does not end")
     wait(lambda: _pid(admin) != pid, STOP_SECONDS, late)
 
 
@@ -424,5 +424,5 @@ def _show(kind: str, text: str, told: dict[str, str], silent: bool) -> None:
 
 COMMANDS: Final[dict[str, Callable[[argparse.Namespace], int]]] = {
     function.__name__: function
-    for function in (*(ps, ls, load, unload, get, verify, rm, pin, logs, config, server, chat),)
+    for function in (ps, ls, load, unload, get, verify, rm, pin, logs, config, server, chat)
 }

@@ -56,19 +56,20 @@ def _boot_out(before: dict[str, Any]) -> Step:
     def run() -> None:
         if _print() is not None:
             said = call("launchctl", "bootout", SERVICE, seconds=seconds).stderr.strip()
-            wait(lambda: _print() is None, seconds, f"The daemon does not end. {said}")
+            late = InstallFailed(f"The daemon does not end. {said}")
+            wait(lambda: _print() is None, seconds, late)
 
     return Step(f"run launchctl bootout {SERVICE}, if it is loaded, and wait for its end", run)
 
 
 def _answer(url: str, seconds: float) -> Step:
+    late = InstallFailed(
+        f"The daemon is installed, but does not answer at {url} after {seconds:.0f} s. "
+        f"See {LOGS}/stderr.log and `lmx status`."
+    )
+
     def run() -> None:
-        wait(
-            lambda: _health(url),
-            seconds,
-            f"The daemon is installed, but does not answer at {url} after {seconds:.0f} s. "
-            f"See {LOGS}/stderr.log and `lmx status`.",
-        )
+        wait(lambda: _health(url), seconds, late)
 
     return Step(f"wait until {url}/health answers", run)
 

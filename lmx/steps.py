@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from .errors import InstallFailed
+from .errors import InstallFailed, LMXError
 
 COMMAND_SECONDS: Final = 60
 POLL_SECONDS: Final = 0.2
@@ -110,11 +110,11 @@ def call(*arguments: str, seconds: float = COMMAND_SECONDS) -> subprocess.Comple
         raise InstallFailed(f"{shlex.join(arguments)} takes over {seconds:.0f} s") from None
 
 
-def wait(done: Callable[[], object], seconds: float, failed: str) -> None:
+def wait(done: Callable[[], object], seconds: float, failed: LMXError) -> None:
     deadline = time.monotonic() + seconds
     while not done():
         if time.monotonic() > deadline:
-            raise InstallFailed(failed)
+            raise failed
         time.sleep(POLL_SECONDS)
 
 

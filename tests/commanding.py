@@ -18,15 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import uvicorn
 
 from lmx.__main__ import main
-from lmx.app import create_app
-from lmx.config import Config
-from lmx.inference import InferenceQueue
 
-from .fake_world import World, registry_over
+from .fake_world import World, app_over
 from .serving import TIMEOUT
 
 LMX = (sys.executable, "-m", "lmx")
@@ -70,10 +66,7 @@ def listening(app: Any) -> Iterator[str]:
 
 @contextmanager
 def over(world: World, folder: Path, **settings: Any) -> Iterator[Lmx]:
-    files = {"models_dir": str(folder / "models"), "state_file": str(folder / "state.json")}
-    config = msgspec.convert(files | settings, Config)
-    app = create_app(config, InferenceQueue(config), open_registry=registry_over(world))
-    with listening(app) as url:
+    with listening(app_over(world, folder, **settings)) as url:
         yield Lmx(url)
 
 

@@ -9,8 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import anyio
+import msgspec
 from anyio.abc import TaskStatus
+from starlette.applications import Starlette
 
+from lmx.app import create_app
 from lmx.catalog import Model
 from lmx.config import Config, MemoryLimits
 from lmx.errors import LMXError, ModelLoadFailed, ModelUnloaded
@@ -19,6 +22,7 @@ from lmx.kv_cache import KVCacheSize
 from lmx.memory import Meter, Process, System
 from lmx.messages import Load, Loaded, Report
 from lmx.registry import Lease, Registry, open_registry
+from lmx.reload import ConfigFile
 
 MB = 2**20
 OTHERS = 100 * MB
@@ -187,6 +191,15 @@ def registry_over(
         meter=world,
         find_models=lambda config: list(world.models.values()),
     )
+
+
+def app_over(
+    world: World, folder: Path, config_file: ConfigFile | None = None, **settings: Any
+) -> Starlette:
+    files = {"models_dir": str(folder / "models"), "state_file": str(folder / "state.json")}
+    config = msgspec.convert(files | settings, Config)
+    queue = InferenceQueue(config)
+    return create_app(config, queue, config_file=config_file, open_registry=registry_over(world))
 
 
 @asynccontextmanager

@@ -13,13 +13,12 @@ import pytest
 from starlette.routing import Mount, Route
 from starlette.testclient import TestClient
 
-from lmx.app import ROUTES, create_app
+from lmx.app import ROUTES
 from lmx.config import Config, load_config
 from lmx.errors import ModelLoadFailed
-from lmx.inference import InferenceQueue
 from lmx.reload import ConfigFile
 
-from .fake_world import MB, NEED, World, registry_over
+from .fake_world import MB, NEED, World, app_over
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 
@@ -41,10 +40,7 @@ def serving(
     peer: str = "127.0.0.1",
     **settings: Any,
 ) -> Iterator[TestClient]:
-    folders = {"models_dir": str(tmp_path / "models"), "state_file": str(tmp_path / "state.json")}
-    config = msgspec.convert(folders | settings, Config)
-    queue = InferenceQueue(config)
-    app = create_app(config, queue, config_file=config_file, open_registry=registry_over(world))
+    app = app_over(world, tmp_path, config_file, **settings)
     with TestClient(app, base_url="http://localhost", client=(peer, 1)) as client:
         yield client
 
