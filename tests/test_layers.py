@@ -25,7 +25,7 @@ LAYERS = """
     model_roots dialect grammars prefix_folder selftest
     constraints gguf_tokenizer catalog backends.llama backends.mlx_sampling backends.gguf_sampling
     backends.mlx_cache backends.mlx_model backends.gguf_model backends.gguf_snapshots
-    answer convert backends.mlx_batch backends.mlx_bert backends.mlx_prefix
+    answer convert backends.mlx_head backends.mlx_batch backends.mlx_bert backends.mlx_prefix
     backends.gguf_cells backends.gguf_rows backends.mlx_prefill
     prompt backends.gguf_draft backends.mlx_draft
     backends.mlx backends.gguf backends.mlx_embedding backends.gguf_embedding

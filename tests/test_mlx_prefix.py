@@ -17,7 +17,7 @@ from lmx.backends import Drafted, Prefilled, PrefillRate, Sequence, StepEvent, T
 from lmx.backends.mlx import MLXBackend
 from lmx.backends.mlx_batch import MAX_PADDING, fit, place
 from lmx.backends.mlx_cache import part, ragged, state
-from lmx.backends.mlx_prefill import TAIL_TOKENS, prefill, prefill_together
+from lmx.backends.mlx_prefill import KEPT_TOKENS, TAIL_TOKENS, prefill, prefill_together
 from lmx.config import EngineSettings
 from lmx.errors import ModelLoadFailed
 from lmx.generation import SamplingParams
@@ -106,7 +106,8 @@ def test_a_prompt_that_was_seen_is_computed_but_for_its_last_token(path: Path, l
     first, events = run(backend, Sequence(1, prompt, 6, FOREVER))
     assert cached(events) == {1: 0}
     again, events = run(backend, Sequence(1, list(prompt), 6, FOREVER))
-    known = length - 1 if backend._prefixes.whole else length - TAIL_TOKENS if length > 64 else 0
+    kept = length - TAIL_TOKENS if length > KEPT_TOKENS else 0
+    known = length - 1 if backend._prefixes.whole else kept
     assert cached(events) == {1: known} and again == first
 
 
@@ -225,9 +226,10 @@ def test_a_prefix_that_cannot_be_kept_fails_nobody(
 
 def test_a_state_keeps_no_more_than_its_window(tmp_path: Path) -> None:
     """However long a slice of the prompt was, and what follows is the same."""
-    network = MLXBackend(of_kind(tmp_path / "tiny", WINDOW), EngineSettings(), PLENTY)._network
+    backend = MLXBackend(of_kind(tmp_path / "tiny", WINDOW), EngineSettings(), PLENTY)
+    network = backend._network
     cache = make_prompt_cache(network)
-    prefill(network, cache, words(500))
+    prefill(backend._head, cache, words(500))
     [copy] = state(cache)
     assert copy.keys.shape[2] == 64 < 500 == cache[0].keys.shape[2]
     assert type(cache[0]) is not KVCache

@@ -37,6 +37,7 @@ from .lookup import Lookup, Pays
 from .mlx_batch import Batch, Drawn, Row, place
 from .mlx_cache import can_merge
 from .mlx_draft import DraftModel
+from .mlx_head import Head
 from .mlx_model import ENGINE, MLXModel
 from .mlx_prefill import Prompt, choose, draw_first, prefill, prefill_together, stops, tail
 from .mlx_prefix import Prefixes
@@ -59,7 +60,7 @@ class MLXBackend:
         if settings.wired_bytes:
             mx.set_wired_limit(settings.wired_bytes)
         model = MLXModel(path, settings)
-        self._network = model.network
+        self._network, self._head = model.network, Head(model.network)
         self._tokenizer = model.tokenizer
         self._kv_cache = model.kv_cache
         self.vocabulary = model.vocabulary
@@ -344,9 +345,9 @@ class MLXBackend:
             prompt.done = stop
         caches = [prompt.cache or [] for prompt in chosen]
         if len(chosen) == 1:
-            logits = prefill(self._network, caches[0], parts[0])
+            logits = prefill(self._head, caches[0], parts[0])
         else:
-            caches, logits = prefill_together(self._network, caches, parts)
+            caches, logits = prefill_together(self._head, caches, parts)
             for prompt, cache in zip(chosen, caches, strict=True):
                 prompt.cache = cache
         return sum(map(len, parts)), logits
@@ -485,7 +486,7 @@ class MLXBackend:
         self._prompts.clear()
         self._prefixes.save()
         self._prefixes.clear()
-        del self._batch, self._network, self._prefixes, self._draft
+        del self._batch, self._network, self._head, self._prefixes, self._draft
         gc.collect()
         mx.clear_cache()
 

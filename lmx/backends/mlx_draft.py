@@ -13,6 +13,7 @@ from ..config import EngineSettings
 from ..errors import ModelLoadFailed
 from . import Vocabulary
 from .mlx_cache import is_whole
+from .mlx_head import Head
 from .mlx_model import MLXModel
 from .mlx_prefill import prefill
 from .prefix_tree import common
@@ -32,7 +33,7 @@ class DraftModel:
         model = MLXModel(path, settings)
         if model.vocabulary.tokens != vocabulary.tokens:
             raise ModelLoadFailed(f"draft model {path}: it has another vocabulary")
-        self._network = model.network
+        self._network, self._head = model.network, Head(model.network)
         self._kv_cache = model.kv_cache
         self._cache = make_prompt_cache(self._network)
         self._cached: list[int] = []
@@ -65,10 +66,10 @@ class DraftModel:
         self._most = max(self._most, read)
         if len(unread) > CATCH_UP_TOKENS:
             self._cached = tokens[: same + CATCH_UP_TOKENS]
-            prefill(self._network, self._cache, unread[:CATCH_UP_TOKENS])
+            prefill(self._head, self._cache, unread[:CATCH_UP_TOKENS])
             return []
         if unread:
-            prefill(self._network, self._cache, unread)
+            prefill(self._head, self._cache, unread)
         guess: list[int] = []
         token = mx.array(tokens[-1:])
         for _ in range(most):

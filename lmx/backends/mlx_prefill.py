@@ -10,16 +10,20 @@ import mlx.core as mx
 from .borders import borders
 from .mlx_batch import SHORT_CELLS, Drawn, Row, fit
 from .mlx_cache import Cache, evaluate, extract, merge
+from .mlx_head import Head
 from .mlx_sampling import draw
 
 PREFILL_ROWS: Final = 8
 """Short prompts prefilled together."""
 
-LAST_TOKENS: Final = 64
-"""At the end of prompts, read in one pass that makes logits for all of them, to draw the first
-tokens of answers: a short prompt then needs no other."""
-TAIL_TOKENS: Final = LAST_TOKENS // PREFILL_ROWS
-"""What is left of longer prompts for such a pass."""
+LAST_TOKENS: Final = 256
+"""At the end of prompts, read in one pass. What no logits are wanted of does without most of the
+last layer (MLX is lazy), which for more tokens costs more than another pass."""
+TAIL_TOKENS: Final = 8
+"""What is left of longer prompts for such a pass. There a state is kept: the same prompt again must
+have something to read."""
+KEPT_TOKENS: Final = 64
+"""A prompt with less to compute is not worth a state."""
 
 
 @dataclass(slots=True, eq=False)
@@ -84,21 +88,20 @@ def stops(prompt: Prompt, control: frozenset[int] | None) -> list[int]:
         return [end]
     first = prompt.done + SHORT_CELLS  # a state is large, and little prefilled soon
     inner = [at for at in borders(prompt.row.tokens, control) if first <= at < end]
-    # The same prompt again must begin before its end: it needs logits.
-    if prompt.left > LAST_TOKENS and not (inner and inner[-1] >= end - TAIL_TOKENS):
+    if prompt.left > KEPT_TOKENS and not (inner and inner[-1] >= end - TAIL_TOKENS):
         inner.append(end - TAIL_TOKENS)
     return [*inner, end]
 
 
-def prefill(model: Any, cache: Cache, tokens: list[int]) -> mx.array:
-    """Logits [1, vocabulary] of what follows; lazy, and made for every token if they are used."""
-    logits: mx.array = model(mx.array([tokens]), cache=cache)
+def prefill(head: Head, cache: Cache, tokens: list[int]) -> mx.array:
+    """Logits [1, vocabulary] of what follows, lazy."""
+    logits = head(mx.array([tokens]), cache, [len(tokens) - 1])
     evaluate(cache)
-    return logits[:, -1]
+    return logits
 
 
 def prefill_together(
-    model: Any, caches: list[Cache], prompts: list[list[int]]
+    head: Head, caches: list[Cache], prompts: list[list[int]]
 ) -> tuple[list[Cache], mx.array]:
     """Their caches with the prompts, which differ in length, added; logits as of `prefill`."""
     lengths = [len(prompt) for prompt in prompts]
@@ -109,13 +112,12 @@ def prefill_together(
         for layer in merged:
             layer.prepare(lengths=lengths, right_padding=padding)
     padded = [p + [0] * n for p, n in zip(prompts, padding, strict=True)]
-    logits = model(mx.array(padded), cache=merged)
+    logits = head(mx.array(padded), merged, [length - 1 for length in lengths])
     if any(padding):
         for layer in merged:
             layer.finalize()
     evaluate(merged)
-    last = logits[mx.arange(len(lengths)), mx.array(lengths) - 1]
-    return [extract(merged, n) for n in range(len(caches))], last
+    return [extract(merged, n) for n in range(len(caches))], logits
 
 
 def draw_first(rows: list[tuple[Row, int]], logits: mx.array) -> list[Drawn]:
