@@ -302,7 +302,7 @@ def test_what_was_used_last_reaches_the_disk(tmp_path: Path) -> None:
     """Where there is room for one only, it is that one; and one that is too large for the grant is
     not even read."""
     folder = of_kind(tmp_path / "tiny", {})
-    settings = EngineSettings(prefix_disk_bytes=200_000, prefix_disk_dir=str(tmp_path / "disk"))
+    settings = EngineSettings(prefix_disk_bytes=50_000, prefix_disk_dir=str(tmp_path / "disk"))
     backend = MLXBackend(folder, settings, PLENTY)
     for n in range(4):
         run(backend, Sequence(n, words(60, 1000 * n), 4, FOREVER))

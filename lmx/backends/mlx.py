@@ -35,7 +35,7 @@ from . import (
 )
 from .lookup import Lookup, Pays
 from .mlx_batch import Batch, Drawn, Row, place
-from .mlx_cache import can_merge
+from .mlx_cache import can_merge, whole_steps
 from .mlx_draft import DraftModel
 from .mlx_head import Head
 from .mlx_model import ENGINE, MLXModel
@@ -295,7 +295,7 @@ class MLXBackend:
         try:
             for prompt in chosen:
                 if prompt.cache is None:
-                    self._begin(prompt)
+                    self._begin(prompt, alone=len(chosen) == 1)
             if len(chosen) * max(prompt.left for prompt in chosen) > budget:
                 chosen = chosen[:1]  # what was known of one has been evicted
             start, before = time.perf_counter(), chosen[0].done
@@ -325,9 +325,12 @@ class MLXBackend:
         # A forward pass costs something however short it is.
         return max(count, SLICE_TOKENS[0])
 
-    def _begin(self, prompt: Prompt) -> None:
+    def _begin(self, prompt: Prompt, *, alone: bool) -> None:
         """With the longest prefix that is known, and at most all tokens but the last."""
-        prompt.cache, prompt.cached = self._prefixes.find(prompt.row.tokens, self._room)
+        # Merged with others it is copied anyway, and so much faster the smaller it is.
+        cells = whole_steps(prompt.row.length) if alone else 0
+        found = self._prefixes.find(prompt.row.tokens, self._room, cells=cells)
+        prompt.cache, prompt.cached = found
         prompt.done = prompt.cached
         control = None if self._prefixes.whole else self.vocabulary.control
         prompt.stops = stops(prompt, control)

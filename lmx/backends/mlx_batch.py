@@ -16,7 +16,7 @@ import mlx.core as mx
 from mlx_lm.models.cache import make_prompt_cache
 
 from . import Sequence
-from .mlx_cache import Cache, extract, is_whole, keep_rows, merge, part, ragged
+from .mlx_cache import Cache, extract, is_whole, keep_rows, make_room, merge, part, ragged
 from .mlx_sampling import Drawing, Report, Sampler, draw
 
 SHORT_CELLS: Final = 256
@@ -70,6 +70,9 @@ class _Group:
     cache: Cache
     """Merged, unless there is one row only: mlx-lm is faster with a cache that has no padding."""
 
+    def __post_init__(self) -> None:
+        make_room(self.cache, 1)
+
     @property
     def lengths(self) -> list[int]:
         return [row.cells for row in self.rows]
@@ -77,16 +80,17 @@ class _Group:
     def add(self, rows: list[Row], cache: Cache) -> None:
         """Rows and their merged cache."""
         if len(self.rows) == 1:
-            self.cache = merge([self.cache])
+            self.cache = make_room(merge([self.cache]), 1)
         for mine, theirs in zip(self.cache, cache, strict=True):
             mine.extend(theirs)
+        make_room(self.cache, 1)
         self.rows += rows
 
     def keep(self, rows: list[int]) -> None:
         if len(rows) == len(self.rows):
             return
         if len(rows) == 1:
-            self.cache = extract(self.cache, rows[0])
+            self.cache = make_room(extract(self.cache, rows[0]), 1)
         else:
             lengths = self.lengths
             unused = max(lengths) - max(lengths[n] for n in rows)

@@ -102,8 +102,11 @@ def state_bytes(state: State) -> int:
     return sum(leaf.nbytes for leaf in state)
 
 
-def restored(model: Any, pieces: Sequence[tuple[Piece, int]], state: State | None) -> Cache:
-    """A sequence's cache from the first so many tokens of each piece, and the state behind them."""
+def restored(
+    model: Any, pieces: Sequence[tuple[Piece, int]], state: State | None, cells: int = 0
+) -> Cache:
+    """A sequence's cache from the first so many tokens of each piece, and the state behind them;
+    with room for so many tokens in all, in one copy."""
     cache: Cache = make_prompt_cache(model)
     states = iter(state or ())
     number = 0
@@ -114,35 +117,41 @@ def restored(model: Any, pieces: Sequence[tuple[Piece, int]], state: State | Non
             continue
         parts = [[a[:, :, :n] for a in piece[number]] for piece, n in pieces if n]
         if parts:
-            leaf.keys = _joined([keys for keys, _ in parts])
-            leaf.values = _joined([values for _, values in parts])
             leaf.offset = sum(n for _, n in pieces)
+            leaf.keys = _joined([keys for keys, _ in parts], cells - leaf.offset)
+            leaf.values = _joined([values for _, values in parts], cells - leaf.offset)
         number += 1
     return cache
 
 
-def _joined(parts: list[mx.array]) -> mx.array:
-    """With room as `_with_room` makes it, in one copy."""
-    length, (rows, heads, _, size) = sum(part.shape[2] for part in parts), parts[0].shape
-    room = mx.zeros((rows, heads, STEP_TOKENS - length % STEP_TOKENS, size), parts[0].dtype)
-    return mx.concatenate([*parts, room], axis=2)
+def _joined(parts: list[mx.array], room: int) -> mx.array:
+    rows, heads, _, size = parts[0].shape
+    return mx.concatenate([*parts, mx.zeros((rows, heads, max(0, room), size), parts[0].dtype)], 2)
+
+
+def whole_steps(tokens: int) -> int:
+    """The size to which mlx-lm would grow an empty cache for them."""
+    return -(-tokens // STEP_TOKENS) * STEP_TOKENS
 
 
 def merge(caches: list[Cache]) -> Cache:
-    return _with_room([layers[0].merge(list(layers)) for layers in zip(*caches, strict=True)])
+    return [layers[0].merge(list(layers)) for layers in zip(*caches, strict=True)]
 
 
 def extract(cache: Cache, row: int) -> Cache:
     """A copy of one row of a merged cache."""
-    return _with_room([layer.extract(row) for layer in cache])
+    return [layer.extract(row) for layer in cache]
 
 
-def _with_room(cache: Cache) -> Cache:
-    """In whole steps, as mlx-lm grows them: the next token would only copy them again, and then
-    they would take more than was counted."""
+def make_room(cache: Cache, tokens: int, *, exactly: bool = False) -> Cache:
+    """For so many more, if need be in whole steps. mlx-lm grows a cache by a step, which from any
+    other size is more than was counted."""
     for leaf in _leaves(cache):
-        if type(leaf) in (KVCache, BatchKVCache) and leaf.keys is not None:
-            spare = STEP_TOKENS - leaf.keys.shape[2] % STEP_TOKENS
+        if type(leaf) not in (KVCache, BatchKVCache) or leaf.keys is None:
+            continue
+        cells, needed = leaf.keys.shape[2], leaf.size() + tokens
+        if needed > cells:
+            spare = (needed if exactly else whole_steps(needed)) - cells
             width = [(0, 0), (0, 0), (0, spare), (0, 0)]
             leaf.keys, leaf.values = mx.pad(leaf.keys, width), mx.pad(leaf.values, width)
     return cache

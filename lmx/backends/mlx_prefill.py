@@ -9,7 +9,7 @@ import mlx.core as mx
 
 from .borders import borders
 from .mlx_batch import SHORT_CELLS, Drawn, Row, fit
-from .mlx_cache import Cache, evaluate, extract, merge
+from .mlx_cache import Cache, evaluate, extract, make_room, merge
 from .mlx_head import Head
 from .mlx_sampling import draw
 
@@ -95,7 +95,7 @@ def stops(prompt: Prompt, control: frozenset[int] | None) -> list[int]:
 
 def prefill(head: Head, cache: Cache, tokens: list[int]) -> mx.array:
     """Logits [1, vocabulary] of what follows, lazy."""
-    logits = head(mx.array([tokens]), cache, [len(tokens) - 1])
+    logits = head(mx.array([tokens]), make_room(cache, len(tokens)), [len(tokens) - 1])
     evaluate(cache)
     return logits
 
@@ -107,7 +107,7 @@ def prefill_together(
     lengths = [len(prompt) for prompt in prompts]
     longest = max(lengths)
     padding = [longest - length for length in lengths]
-    merged = merge(caches)
+    merged = make_room(merge(caches), longest, exactly=True)
     if any(padding):
         for layer in merged:
             layer.prepare(lengths=lengths, right_padding=padding)

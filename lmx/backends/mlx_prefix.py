@@ -68,14 +68,14 @@ class Prefixes:
         most = len(tokens) - 1 if self.on else 0
         return self._tree.known(tokens, most, stateful=not self.whole)
 
-    def find(self, tokens: list[int], room: int) -> tuple[Cache, int]:
-        """A new cache with as many of the first tokens as are known, and their number: at most all
-        but the last. What is on disk is read if `room` bytes hold it."""
+    def find(self, tokens: list[int], room: int, *, cells: int = 0) -> tuple[Cache, int]:
+        """A new cache with as many of the first tokens as are known, at most all but the last, and
+        room for `cells` in all; their number. What is on disk is read if `room` bytes hold it."""
         most = len(tokens) - 1 if self.on else 0
         found = self._tree.find(tokens, most, stateful=not self.whole)
         if self.on and self._disk and self._read(tokens, most, found.length, room):
             found = self._tree.find(tokens, most, stateful=not self.whole)
-        return restored(self._network, found.pieces, found.state), found.length
+        return restored(self._network, found.pieces, found.state, cells), found.length
 
     def keep(self, tokens: list[int], cache: Cache, padding: int, room: int) -> None:
         """What the cache, a sequence's own, holds of these tokens behind so much padding; unless
