@@ -392,6 +392,11 @@ def test_a_short_prompt_passes_a_long_one(tmp_path: Path) -> None:
     assert order == [2, 3, 4, 5, 6, 7, 1]
 
 
+@pytest.fixture(scope="module")
+def real() -> MLXBackend:
+    return MLXBackend(models.smollm2_mlx(), EngineSettings(), PLENTY)
+
+
 def repetitive(backend: MLXBackend) -> list[int]:
     return backend.tokenize("one two three four five six seven. " * 8)
 
@@ -401,16 +406,17 @@ def repetitive(backend: MLXBackend) -> list[int]:
     [GREEDY, SamplingParams(seed=3, temperature=0.7), SamplingParams(seed=4, top_k=5, top_p=0.9)],
     ids=["greedy", "seeded", "filtered"],
 )
-def test_guessing_changes_nothing_but_the_number_of_steps(params: SamplingParams) -> None:
+def test_guessing_changes_nothing_but_the_number_of_steps(
+    real: MLXBackend, params: SamplingParams
+) -> None:
     """With the real model: the same tokens with and without, greedy or drawn."""
-    backend = MLXBackend(models.smollm2_mlx(), EngineSettings(), PLENTY)
-    backend.use(frozenset({"draft"}))
-    backend._pays = Always()
-    sequence = Sequence(1, repetitive(backend), 40, params)
-    texts, events = run(backend, sequence)
+    real.use(frozenset({"draft"}))
+    real._pays = Always()
+    sequence = Sequence(1, repetitive(real), 20, params)
+    texts, events = run(real, sequence)
     guesses = [event for event in events if isinstance(event, Drafted)]
-    backend.use(frozenset())
-    plain, events = run(backend, sequence)
+    real.use(frozenset())
+    plain, events = run(real, sequence)
     assert texts == plain
     assert not any(isinstance(event, Drafted) for event in events)
     if params == GREEDY:
