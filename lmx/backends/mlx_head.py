@@ -3,6 +3,7 @@ with a large vocabulary that is a good part of what a short prompt costs."""
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 import mlx.core as mx
@@ -34,14 +35,13 @@ class Head:
 
         # Python looks `__call__` up in the class, and everything else must stay where it is.
         body.__class__ = type(plain.__name__, (plain,), {"__call__": call})
-        try:
+        # What a body that returns something else than hidden states makes of it.
+        with suppress(TypeError, ValueError, IndexError, AttributeError):
             # The shape is known without computing anything.
             tokens = mx.zeros((1, 2), dtype=mx.uint32)
-            rows, one, _ = self._logits(tokens, make_prompt_cache(self._network), [1]).shape
-            if (rows, one) == (1, 1):
+            rows, places, _ = self._logits(tokens, make_prompt_cache(self._network), [1]).shape
+            if (rows, places) == (1, 1):
                 return True
-        except Exception:  # whatever a body that returns something else makes of it
-            pass
         body.__class__ = plain
         return False
 
