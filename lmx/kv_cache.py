@@ -12,6 +12,11 @@ STEP_TOKENS: Final = 256
 """By which both engines' caches grow (mlx-lm's KVCache.step, llama.cpp's padding)."""
 
 
+def whole_steps(tokens: int) -> int:
+    """The cells that so many tokens take."""
+    return -(-tokens // STEP_TOKENS) * STEP_TOKENS
+
+
 @dataclass(frozen=True, slots=True)
 class KVCacheSize:
     layers: tuple[tuple[int, int | None], ...]
@@ -27,7 +32,7 @@ class KVCacheSize:
         total = self.state_bytes * sequences
         for per_token, window in self.layers:
             most = tokens if window is None else window * sequences + self.window_spare
-            total += per_token * -(-min(tokens, most) // STEP_TOKENS) * STEP_TOKENS
+            total += per_token * whole_steps(min(tokens, most))
         return total
 
 

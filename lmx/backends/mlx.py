@@ -20,6 +20,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from ..config import EngineSettings
 from ..errors import GenerationFailed, InsufficientMemory
 from ..generation import SamplingParams
+from ..kv_cache import whole_steps
 from . import (
     SLICE_TOKENS,
     BackendBroken,
@@ -35,7 +36,7 @@ from . import (
 )
 from .lookup import Lookup, Pays
 from .mlx_batch import Batch, Drawn, Row, place
-from .mlx_cache import can_merge, whole_steps
+from .mlx_cache import can_merge
 from .mlx_draft import DraftModel
 from .mlx_head import Head
 from .mlx_model import ENGINE, MLXModel

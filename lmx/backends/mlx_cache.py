@@ -23,7 +23,7 @@ from mlx_lm.models.cache import (
     make_prompt_cache,
 )
 
-from ..kv_cache import STEP_TOKENS
+from ..kv_cache import whole_steps
 
 Cache = list[Any]
 """By layer: of one sequence as `make_prompt_cache` makes it, or merged of several."""
@@ -127,11 +127,6 @@ def restored(
 def _joined(parts: list[mx.array], room: int) -> mx.array:
     rows, heads, _, size = parts[0].shape
     return mx.concatenate([*parts, mx.zeros((rows, heads, max(0, room), size), parts[0].dtype)], 2)
-
-
-def whole_steps(tokens: int) -> int:
-    """The size to which mlx-lm would grow an empty cache for them."""
-    return -(-tokens // STEP_TOKENS) * STEP_TOKENS
 
 
 def merge(caches: list[Cache]) -> Cache:
