@@ -27,7 +27,7 @@ from .bench_client import REQUEST_SECONDS, Server
 from .bench_scenarios import Figures, Round, measure
 from .config import EngineSettings, load_config
 from .errors import ConfigError, GenerationFailed
-from .inference import runner_environment
+from .runner_process import runner_environment
 
 DEFAULT: Final = ("alone", "streams", "prefix", "turns", "fairness", "mixed")
 BY_NAME: Final = ("diverge", "parity")

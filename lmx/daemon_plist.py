@@ -37,7 +37,7 @@ KEYS: Final[dict[str, type]] = {
 def exit_timeout(config: Config) -> int:
     """Seconds from SIGTERM to launchd's SIGKILL, which may strand wired GPU memory: longer than the
     server takes where an answer does not end and a runner heeds no SIGTERM."""
-    from .inference import STOP_SECONDS, TERMINATE_SECONDS  # slow for other commands
+    from .runner_process import STOP_SECONDS, TERMINATE_SECONDS  # slow for other commands
     from .serve import SHUTDOWN_MARGIN_SECONDS
 
     own = config.shutdown_grace_seconds + SHUTDOWN_MARGIN_SECONDS + STOP_SECONDS + TERMINATE_SECONDS

@@ -22,9 +22,9 @@ from .bench_client import listener
 from .client import Admin
 from .config import DEFAULT_FILE, Config, load_config
 from .errors import ConfigError, LMXError, ModelCorrupt
-from .inference import runner_environment
 from .memory import Meter, System, size
 from .model_roots import roots
+from .runner_process import runner_environment
 from .state import Remembered
 from .terminal import OUT, plain, say_json
 

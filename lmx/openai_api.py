@@ -33,10 +33,10 @@ from .completions_schema import (
 from .endpoint import State, WireResponse
 from .errors import GenerationFailed, InvalidRequest, UnsupportedParameter
 from .generation import EmbeddingRequest, GenerationRequest, Usage
-from .inference import Generation
 from .messages import Delta, Embedded, Finished
 from .openai_answers import ChatPieces, TextPieces
 from .registry import Lease, Registry
+from .runner_process import Generation
 from .streaming import DONE, EventStream, encode_event, encode_json, unless_disconnected
 
 Chunk = ChatCompletionChunk | Completion

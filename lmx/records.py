@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from .errors import INTERNAL, LMXError
-from .inference import Generation
+from .runner_process import Generation
 
 ERRORS_KEPT: Final = 20
 TTFTS_KEPT: Final = 1000

@@ -35,10 +35,11 @@ from .errors import (
     ServerStopping,
 )
 from .guard import GRANT_SECONDS, Guard
-from .inference import InferenceQueue, Runner
+from .inference import InferenceQueue
 from .loading import convert, draft_for, inspect, with_paths
 from .memory import Meter, size
 from .messages import Load
+from .runner_process import Runner
 from .slot import Attempt, Slot, State
 from .state import StateFile, Tested
 

@@ -18,9 +18,9 @@ import anyio
 from .catalog import Model
 from .config import Config, EngineSettings
 from .errors import LMXError, RunnerDied
-from .inference import Runner
 from .memory import Claim, Estimate, Meter, Process
 from .messages import Report
+from .runner_process import Runner
 
 MAX_BACKOFF_SECONDS: Final = 60.0
 RATE_SAMPLES: Final = 11

@@ -15,9 +15,10 @@ from lmx.catalog import Model
 from lmx.config import Config
 from lmx.errors import LMXError
 from lmx.generation import EmbeddingRequest, FinishReason, GenerationRequest, Part
-from lmx.inference import Generation, InferenceQueue, Runner
+from lmx.inference import InferenceQueue
 from lmx.messages import Accepted, Delta, Embedded, Finished, Loaded
 from lmx.registry import Lease, Registry
+from lmx.runner_process import Generation, Runner
 
 MODEL = Model(
     id="parrot",

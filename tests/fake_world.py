@@ -17,12 +17,13 @@ from lmx.app import create_app
 from lmx.catalog import Model
 from lmx.config import Config, MemoryLimits
 from lmx.errors import LMXError, ModelLoadFailed, ModelUnloaded
-from lmx.inference import InferenceQueue, Runner
+from lmx.inference import InferenceQueue
 from lmx.kv_cache import KVCacheSize
 from lmx.memory import Meter, Process, System
 from lmx.messages import Load, Loaded, Report
 from lmx.registry import Lease, Registry, open_registry
 from lmx.reload import ConfigFile
+from lmx.runner_process import Runner
 
 MB = 2**20
 OTHERS = 100 * MB

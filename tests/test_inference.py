@@ -23,8 +23,9 @@ from lmx.errors import (
     ServerStopping,
 )
 from lmx.generation import Part, TokenLogprob
-from lmx.inference import Generation, InferenceQueue, Runner, runner_environment
+from lmx.inference import InferenceQueue
 from lmx.messages import Delta, Finished, Load
+from lmx.runner_process import Generation, Runner, runner_environment
 
 from .asking import chat, content, delta
 from .fake_runner import COMMAND
@@ -235,6 +236,23 @@ async def test_a_process_that_is_no_runner_is_ended(tmp_path: Path, said: str) -
             await tasks.start(runner.run)
 
 
+async def test_an_error_of_ours_while_reading_is_raised(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It ends the runner's task, and with that the server: nobody would get an answer any more."""
+
+    def broken(self: Generation, event: object) -> None:
+        raise AssertionError("broken")
+
+    monkeypatch.setattr(Generation, "put", broken)
+    runner = make(tmp_path)
+    with anyio.fail_after(60), pytest.RaisesGroup(pytest.RaisesGroup(AssertionError)):
+        async with anyio.create_task_group() as tasks:
+            await tasks.start(runner.run)
+            runner.submit(chat("a"))
+    assert runner.ended.is_set()
+
+
 async def test_grants_and_reports(tmp_path: Path) -> None:
     """A larger grant counts at once, a smaller one when the runner has agreed."""
     async with started(tmp_path) as runner:
@@ -276,7 +294,7 @@ async def test_a_load_that_takes_too_long_is_ended(tmp_path: Path) -> None:
 
 async def test_a_wedged_runner_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Requests but no step: they fail with the reason, and the process is killed in the end."""
-    monkeypatch.setattr("lmx.inference.TERMINATE_SECONDS", 0.1)
+    monkeypatch.setattr("lmx.runner_process.TERMINATE_SECONDS", 0.1)
     queue = InferenceQueue(Config())
     async with started(tmp_path, Config(engine=LONG, step_timeout_seconds=0.5)) as runner:
         with pytest.raises(RunnerDied, match="took no step"):

@@ -24,8 +24,8 @@ import pytest
 from lmx.config import Config, load_config
 from lmx.daemon_plist import exit_timeout, faults, filled
 from lmx.errors import ConfigError, InstallFailed
-from lmx.inference import STOP_SECONDS, TERMINATE_SECONDS
 from lmx.launchd import install, status, uninstall
+from lmx.runner_process import STOP_SECONDS, TERMINATE_SECONDS
 from lmx.serve import SHUTDOWN_MARGIN_SECONDS
 from lmx.steps import Machine
 

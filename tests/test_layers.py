@@ -30,7 +30,8 @@ LAYERS = """
     prompt backends.gguf_draft backends.mlx_draft
     backends.mlx backends.gguf backends.mlx_embedding backends.gguf_embedding
     runner memory loading
-    inference schema
+    runner_process schema
+    inference
     records chat_schema completions_schema
     openai_answers logs
     slot streaming downloader state

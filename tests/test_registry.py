@@ -20,8 +20,9 @@ from lmx.errors import (
     QueueFull,
     RunnerDied,
 )
-from lmx.inference import InferenceQueue, Runner
+from lmx.inference import InferenceQueue
 from lmx.registry import Lease, Registry, open_registry
+from lmx.runner_process import Runner
 
 from .asking import chat, content
 from .fake_runner import COMMAND

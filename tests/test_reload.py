@@ -27,11 +27,12 @@ from lmx.catalog import Model
 from lmx.config import Config, load_config
 from lmx.errors import ModelNotFound
 from lmx.generation import GenerationRequest
-from lmx.inference import InferenceQueue, Runner
+from lmx.inference import InferenceQueue
 from lmx.memory import Meter
 from lmx.messages import Finished, Load
 from lmx.registry import NewRunner, Registry, open_registry
 from lmx.reload import NEED_RESTART, ConfigFile, apply
+from lmx.runner_process import Runner
 
 from .fake_hub import fake_hub
 from .fake_models import HELLO, FakeQueue, says

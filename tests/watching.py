@@ -17,8 +17,9 @@ from starlette.applications import Starlette
 
 from lmx.app import create_app
 from lmx.config import Config
-from lmx.inference import InferenceQueue, Runner
+from lmx.inference import InferenceQueue
 from lmx.registry import open_registry
+from lmx.runner_process import Runner
 from lmx.serve import Server
 
 from .fake_runner import COMMAND
