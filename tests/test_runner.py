@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import threading
@@ -54,8 +55,10 @@ class Heard:
 
     def __init__(self) -> None:
         self._queue: Queue[AnyEvent] = Queue()
+        self.messages: list[list[AnyEvent]] = []
 
     def put(self, events: list[AnyEvent]) -> None:
+        self.messages.append(events)
         for event in events:
             self._queue.put(event)
 
@@ -116,6 +119,37 @@ def test_a_request_is_accepted_streamed_and_finished(tmp_path: Path) -> None:
     texts = [content([e]) for e in events if isinstance(e, Delta)]
     assert texts == ["one ", "two ", "three ", ""] and finish_of(events) == ("stop", 4)
     assert events[-1] == Finished(7, 4)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "messages"),
+    [(0.0, ["one ", "two ", "three ", ""]), (math.inf, ["one ", "two three "])],
+)
+def test_what_comes_within_a_frame_goes_out_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: float, messages: list[str]
+) -> None:
+    """Neither an answer's first text nor its end waits for a later step."""
+    monkeypatch.setattr("lmx.runner.FRAME_SECONDS", seconds)
+    with running(tmp_path) as (say, heard, _, _):
+        say(generate(7, "one two three"))
+        heard.until(Finished, 7)
+    told = [message for message in heard.messages if any(isinstance(e, Delta) for e in message)]
+    assert [content(message) for message in told] == messages
+
+
+def test_nothing_overtakes_text_that_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It comes before a report, and before the end of its request when that is cancelled."""
+    monkeypatch.setattr("lmx.runner.FRAME_SECONDS", math.inf)
+    with running(tmp_path, EngineSettings(context_length=10_000_000)) as (say, heard, _, _):
+        say(generate(1, "FOREVER a"))
+        heard.until(Delta, 1)
+        say(Grant(0))
+        while not isinstance(heard.next(), Delta):
+            say(Grant(0))
+        say(Cancel(1))
+        *_, last, finished = heard.until(Finished, 1)
+    assert isinstance(last, Delta) and isinstance(finished, Finished)
+    assert last.tokens == finished.completion_tokens
 
 
 @pytest.mark.parametrize(
