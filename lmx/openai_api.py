@@ -36,7 +36,7 @@ from .generation import EmbeddingRequest, GenerationRequest, Usage
 from .messages import Delta, Embedded, Finished
 from .openai_answers import ChatPieces, TextPieces
 from .registry import Lease, Registry
-from .runner_process import Generation
+from .runner_process import Generation, GenerationEvent
 from .streaming import DONE, EventStream, encode_event, encode_json, unless_disconnected
 
 Chunk = ChatCompletionChunk | Completion
@@ -108,7 +108,9 @@ async def _answer(
         pieces = TextPieces(n=body.answers, each=wanted.n, logprobs=body.logprobs is not None)
     looks = partial(_looks, request.state, body, model, wanted, pieces)
     if body.stream:
-        return EventStream(looks(_Encoder()), last=DONE)
+        stream: EventStream
+        stream = EventStream(looks(_Encoder(), lambda piece: stream.write_now(piece)), last=DONE)
+        return stream
     fold = partial(_fold, looks(lambda *look: look), pieces)
     return WireResponse(await unless_disconnected(request.receive, fold))
 
@@ -150,8 +152,10 @@ async def _looks(
     wanted: GenerationRequest,
     pieces: ChatPieces | TextPieces,
     shaped: Callable[[Chunk, list[Any]], T],
+    write_now: Callable[[Callable[[], T]], bool] = lambda _: False,
 ) -> AsyncGenerator[T]:
-    """The answers in OpenAI's pieces, as many at a time as have come since the last look.
+    """The answers in OpenAI's pieces, as many at a time as have come since the last look; but what
+    `write_now` has taken.
 
     The first ones come with the first event of the model, not when the request is accepted: until
     then a failure still gets an HTTP status, which clients retry.
@@ -170,14 +174,22 @@ async def _looks(
             choices=[],
         )
         choices: list[Any] = [*pieces.start()]
+
+        def of(events: list[GenerationEvent]) -> list[Any]:
+            return [c for delta in events if isinstance(delta, Delta) for c in pieces.of(delta)]
+
+        def hand_over(events: list[GenerationEvent]) -> bool:
+            """All but the end, which may be an error."""
+            only_text = all(isinstance(event, Delta) for event in events)
+            return only_text and write_now(lambda: shaped(chunk, of(events)))
+
         async for events in generation:
             last = _finished(events)
-            for delta in events:
-                if isinstance(delta, Delta):
-                    choices += pieces.of(delta)
+            choices += of(events)
             if choices:
                 yield shaped(chunk, choices)
                 choices = []
+            generation.hand_over = hand_over
             if last is not None and include_usage:
                 usage = Usage(
                     generation.prompt_tokens,
@@ -219,7 +231,7 @@ def _tier(asked: str | None) -> str | msgspec.UnsetType:
     return "default" if asked == "auto" else asked
 
 
-def _finished(events: list[Delta | Embedded | Finished]) -> Finished | None:
+def _finished(events: list[GenerationEvent]) -> Finished | None:
     """
     Raises:
         GenerationFailed: it was cancelled, so that the answer is no whole one.
@@ -240,7 +252,7 @@ class _Encoder:
 
     def __call__(self, chunk: Chunk, choices: list[Any]) -> bytes:
         if not choices:
-            return encode_event(chunk)
+            return encode_event(chunk) if chunk.usage else b""
         if not self._before:
             # No string can hold this: its quotes would have backslashes.
             before, empty, after = encode_event(chunk).partition(b'"choices":[]')

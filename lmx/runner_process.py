@@ -30,7 +30,6 @@ from .generation import EmbeddingRequest, FinishReason, GenerationRequest, Part
 from .messages import (
     Accepted,
     AnyCommand,
-    AnyEvent,
     Cancel,
     Delta,
     Embed,
@@ -67,6 +66,9 @@ STDERR_SECONDS: Final = 1.0
 """How long to wait for the last words of a process that has ended."""
 
 
+GenerationEvent = Delta | Embedded | Finished
+
+
 class Generation:
     """One accepted request's events, in order; iterate to get all that came since the last look."""
 
@@ -82,13 +84,19 @@ class Generation:
         self.finished: Finished | None = None
         self.finish: FinishReason | None = None
         """Of the answer that ended last."""
-        self._events: list[Delta | Embedded | Finished] = []
-        self._error: LMXError | None = None
+        self.hand_over: Callable[[list[GenerationEvent]], bool] | None = None
+        """Takes what has come in the place of the reader that waits, or says that it cannot now: a
+        third of what a token costs is to wake its reader."""
+        self._events: list[GenerationEvent] = []
+        self._error: Exception | None = None
         self._reader: asyncio.Future[None] | None = None
         """Waits for a change. A future costs half of what an event does, for each token."""
 
-    def put(self, event: Accepted | Delta | Embedded | Finished) -> None:
+    def put(self, event: Accepted | GenerationEvent) -> None:
+        """To be followed by `pass_on`, once for all events that have come together."""
         match event:
+            case _ if self._error is not None:
+                pass
             case Delta() if self._events and _join(self._events[-1], event):
                 pass
             case Delta():
@@ -99,13 +107,21 @@ class Generation:
             case Accepted():
                 self.prompt_tokens = event.prompt_tokens
                 self.accepted_at = time.monotonic()
-        self._wake()
 
-    def _wake(self) -> None:
-        if self._reader is not None and not self._reader.done():
-            self._reader.set_result(None)
+    def pass_on(self) -> None:
+        if self._reader is None or self._reader.done():
+            return
+        try:
+            if self.hand_over and self.hand_over(self._events):
+                self._events = []
+                return
+        except Exception as error:  # is the reader's, like all that happens to its answer
+            self._error, self._events = error, []
+        self._reader.set_result(None)
 
     def end(self, event: Finished) -> None:
+        if self._error is not None:
+            return
         self.finished, self.ended_at = event, time.monotonic()
         if self._events and isinstance(last := self._events[-1], Delta):
             self.finish = last.finish
@@ -113,7 +129,8 @@ class Generation:
 
     def fail(self, error: LMXError) -> None:
         self._error = error
-        self._wake()
+        self.hand_over = None
+        self.pass_on()
 
     async def accepted(self) -> None:
         while self.accepted_at is None:
@@ -125,10 +142,10 @@ class Generation:
         self._reader = asyncio.get_running_loop().create_future()
         return self._reader
 
-    def __aiter__(self) -> AsyncIterator[list[Delta | Embedded | Finished]]:
+    def __aiter__(self) -> AsyncIterator[list[GenerationEvent]]:
         return self
 
-    async def __anext__(self) -> list[Delta | Embedded | Finished]:
+    async def __anext__(self) -> list[GenerationEvent]:
         while not self._events:
             if self.finished is not None:
                 raise StopAsyncIteration
@@ -137,7 +154,7 @@ class Generation:
         return events
 
 
-def _join(last: Delta | Embedded | Finished, new: Delta) -> bool:
+def _join(last: GenerationEvent, new: Delta) -> bool:
     """Add `new` to what the reader has not taken yet, if that is more of the same answer's text."""
     if not (isinstance(last, Delta) and last.parts and new.parts and last.index == new.index):
         return False
@@ -305,6 +322,7 @@ class Runner:
         frames = FrameReader()
 
         def read() -> None:
+            changed: dict[Generation, None] = {}
             try:
                 data = os.read(pipe, PIPE_BYTES)
                 self._last_step = time.monotonic()
@@ -315,14 +333,19 @@ class Runner:
                             loading.set_result(None)
                         case LoadFailed(error):
                             ended.set_result(error.exception())
+                        case Report():
+                            self._answered(event)
                         case _:
-                            self._receive(event)
+                            if generation := self._receive(event):
+                                changed[generation] = None
                 if not data:
                     ended.set_result(None)
             except Exception as error:  # the loop would log it and go on
                 ended.set_exception(error)
             if ended.done():
                 loop.remove_reader(pipe)
+            for generation in changed:
+                generation.pass_on()
 
         seconds = self.config.load_timeout_seconds
         loop.add_reader(pipe, read)
@@ -341,29 +364,32 @@ class Runner:
             loop.remove_reader(pipe)
             os.close(pipe)
 
-    def _receive(self, event: AnyEvent) -> None:
+    def _receive(self, event: Accepted | Refused | GenerationEvent | Failed) -> Generation | None:
+        """The request it belongs to, if somebody still waits for that."""
+        last = isinstance(event, Finished | Refused | Failed)
+        find = self._generations.pop if last else self._generations.get
+        if (generation := find(event.id, None)) is None:
+            return None
         match event:
-            case Delta(id, index, _, tokens):
-                if generation := self._generations.get(id):
-                    self.generated += tokens - generation.tokens.get(index, 0)
-                    generation.tokens[index] = tokens
-                    generation.put(event)
-            case Finished(id, tokens):
-                if generation := self._generations.pop(id, None):
-                    self.generated += tokens - sum(generation.tokens.values())
-                    generation.end(event)
-            case Accepted(id) | Embedded(id):
-                if generation := self._generations.get(id):
-                    generation.put(event)
-            case Refused(id, error) | Failed(id, error):
-                if generation := self._generations.pop(id, None):
-                    generation.fail(error.exception())
-            case Report():
-                if self._grants:  # none, once the watchdog has given it up
-                    self._grants.popleft()[1].set()
-                on_its_way = (kv_bytes for kv_bytes, _ in self._grants)
-                event.kv_bytes = max(event.kv_bytes, *on_its_way, 0)
-                self._reported(event)
+            case Delta(_, index, _, tokens):
+                self.generated += tokens - generation.tokens.get(index, 0)
+                generation.tokens[index] = tokens
+                generation.put(event)
+            case Finished(_, tokens):
+                self.generated += tokens - sum(generation.tokens.values())
+                generation.end(event)
+            case Accepted() | Embedded():
+                generation.put(event)
+            case Refused(_, error) | Failed(_, error):
+                generation.fail(error.exception())
+        return generation
+
+    def _answered(self, report: Report) -> None:
+        if self._grants:  # none, once the watchdog has given it up
+            self._grants.popleft()[1].set()
+        on_its_way = (kv_bytes for kv_bytes, _ in self._grants)
+        report.kv_bytes = max(report.kv_bytes, *on_its_way, 0)
+        self._reported(report)
 
     def _reported(self, report: Report) -> None:
         self.report = report

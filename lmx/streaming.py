@@ -11,7 +11,7 @@ import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing, suppress
 from functools import partial
-from typing import Final, TypeVar
+from typing import Final, Protocol, TypeVar
 
 import anyio
 import msgspec
@@ -84,6 +84,21 @@ async def unless_disconnected(
     return done[0]
 
 
+WIRE: Final = "lmx.wire"
+"""The extension of ASGI's scope that holds a request's `Wire`."""
+
+
+class Wire(Protocol):
+    """What is behind `send`, for pieces of a body: no coroutine, and past the middlewares."""
+
+    @property
+    def free(self) -> bool:
+        """The headers are sent, the client is there, and nothing waits to be sent."""
+
+    def write(self, body: bytes) -> None:
+        """Only while it is `free`."""
+
+
 class EventStream(Response):
     """Sends encoded events as they are made; several may come in one piece.
 
@@ -111,9 +126,16 @@ class EventStream(Response):
         self._last = last
         self._keep_alive_seconds = keep_alive_seconds
         self._write_timeout_seconds = write_timeout_seconds
+        self._writer: _Writer | None = None
+
+    def write_now(self, piece: Callable[[], bytes]) -> bool:
+        """Send a piece past the generator, if that need not wait and the server can do it. Only
+        while the generator waits for something: then all it made before has been sent."""
+        return self._writer is not None and self._writer.write_now(piece)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        writer = _Writer(send, self.raw_headers)
+        wire = scope.get("extensions", {}).get(WIRE)
+        writer = self._writer = _Writer(send, self.raw_headers, wire)
         watch = partial(self._watch, writer)
         try:
             await unless_disconnected(receive, lambda: self._send_events(writer), watch)
@@ -161,8 +183,11 @@ class EventStream(Response):
 class _Writer:
     """The client's end of a stream, written by one task at a time."""
 
-    def __init__(self, send: Send, headers: list[tuple[bytes, bytes]]) -> None:
+    def __init__(
+        self, send: Send, headers: list[tuple[bytes, bytes]], wire: Wire | None = None
+    ) -> None:
         self._send = send
+        self._wire = wire
         self._headers = headers
         self._lock = asyncio.Lock()  # anyio's goes once around the event loop
         self.started = False
@@ -174,6 +199,14 @@ class _Writer:
     def busy(self) -> bool:
         """Something is being written: the client does not read as fast."""
         return self._lock.locked()
+
+    def write_now(self, piece: Callable[[], bytes]) -> bool:
+        if self._wire is None or self.busy or not self._wire.free:
+            return False
+        if body := piece():
+            self._wire.write(body)
+        self.since = time.monotonic()
+        return True
 
     async def write(self, body: bytes, *, more: bool = True) -> None:
         """

@@ -25,7 +25,7 @@ from lmx.errors import (
 from lmx.generation import Part, TokenLogprob
 from lmx.inference import InferenceQueue
 from lmx.messages import Delta, Finished, Load
-from lmx.runner_process import Generation, Runner, runner_environment
+from lmx.runner_process import Generation, GenerationEvent, Runner, runner_environment
 
 from .asking import chat, content, delta
 from .fake_runner import COMMAND
@@ -208,6 +208,65 @@ async def test_an_error_does_not_overtake_text_that_came_with_it(tmp_path: Path)
         generation.put(delta(1, "a", 1))
         generation.fail(GenerationFailed("no"))
     assert seen == [delta(1, "a", 1)]
+
+
+@asynccontextmanager
+async def reading(generation: Generation) -> AsyncIterator[list[object]]:
+    """What a reader sees that waits until the block begins; the block must make it end."""
+    seen: list[object] = []
+
+    async def read() -> None:
+        try:
+            async for batch in generation:
+                seen.append(batch)
+        except Exception as error:
+            seen.append(error)
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(read)
+        await anyio.wait_all_tasks_blocked()
+        yield seen
+        generation.end(Finished(1))
+        generation.pass_on()
+
+
+async def test_what_is_handed_over_the_reader_does_not_get() -> None:
+    """All that came together goes in one piece, unless nobody takes it or the reader is busy."""
+    generation = Generation(1)
+    taken: list[GenerationEvent] = []
+
+    def once(events: list[GenerationEvent]) -> bool:
+        free = not taken
+        taken.extend(events if free else ())
+        return free
+
+    generation.hand_over = once
+    async with reading(generation) as seen:
+        generation.put(delta(1, "a", 1))
+        generation.put(delta(1, "b", 2))
+        generation.pass_on()
+        assert taken == [delta(1, "ab", 2)]
+        generation.put(delta(1, "c", 3))  # not taken
+        generation.pass_on()
+        taken.clear()
+        generation.put(delta(1, "d", 4))  # the reader was woken and has not looked yet
+        generation.pass_on()
+        assert taken == [] and seen == []
+    assert seen == [[delta(1, "cd", 4), Finished(1)]]
+
+
+async def test_who_cannot_take_text_fails_its_own_reader() -> None:
+    """And no other: the process that said it goes on."""
+    generation = Generation(1)
+
+    def broken(events: list[GenerationEvent]) -> bool:
+        raise ValueError("no")
+
+    generation.hand_over = broken
+    async with reading(generation) as seen:
+        generation.put(delta(1, "a", 1))
+        generation.pass_on()
+    assert [repr(each) for each in seen] == ["ValueError('no')"]
 
 
 @pytest.mark.parametrize(

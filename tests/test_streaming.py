@@ -12,7 +12,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Message
 
 from lmx.errors import GenerationFailed, QueueFull
-from lmx.streaming import DONE, KEEP_ALIVE, EventStream, encode_event, unless_disconnected
+from lmx.streaming import DONE, KEEP_ALIVE, WIRE, EventStream, encode_event, unless_disconnected
 from tests.fake_client import Client
 
 pytestmark = pytest.mark.anyio
@@ -272,3 +272,66 @@ async def test_unless_disconnected_cancels_the_work() -> None:
     with pytest.raises(ClientDisconnect):
         await unless_disconnected(client.receive, work)
     assert cleaned.is_set()
+
+
+class FakeWire:
+    """A server's `Wire` to the same client."""
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+        self.free = True
+
+    def write(self, body: bytes) -> None:
+        message = {"type": "http.response.body", "body": body, "more_body": True}
+        self._client.sent.append(message)
+
+
+async def test_a_piece_past_the_generator() -> None:
+    """It comes in its place, while the server can write; without pieces nothing is written."""
+    client, gate = Client(), anyio.Event()
+    wire = FakeWire(client)
+    events = Events(b"data: 1\n\n", gate, b"data: 3\n\n")
+    stream = EventStream(events.stream())
+    assert not stream.write_now(lambda: b"too early")
+    scope = {"type": "http", "extensions": {WIRE: wire}}
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(stream, scope, client.receive, client.send)
+        await events.waiting.wait()
+        assert stream.write_now(lambda: b"data: 2\n\n") and stream.write_now(lambda: b"")
+        wire.free = False
+        assert not stream.write_now(lambda: b"not now")
+        gate.set()
+    assert client.body == b"data: 1\n\ndata: 2\n\ndata: 3\n\n" and client.complete
+    assert b"" not in [message["body"] for message in client.sent[1:-1]]
+
+
+async def test_a_server_without_a_wire() -> None:
+    client, gate = Client(), anyio.Event()
+    events = Events(b"data: 1\n\n", gate)
+    stream = EventStream(events.stream())
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(read, client, stream)
+        await events.waiting.wait()
+        assert not stream.write_now(lambda: b"data: 2\n\n")
+        gate.set()
+
+
+async def test_no_piece_gets_into_a_comment() -> None:
+    """While one is being written, whatever else comes waits its turn."""
+    writing, go_on, gate = anyio.Event(), anyio.Event(), anyio.Event()
+
+    async def on_send() -> None:
+        if len(client.sent) == 2:  # the comment
+            writing.set()
+            await go_on.wait()
+
+    client = Client(on_send=on_send)
+    scope = {"type": "http", "extensions": {WIRE: FakeWire(client)}}
+    stream = EventStream(Events(b"data: 1\n\n", gate).stream(), keep_alive_seconds=0.001)
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(stream, scope, client.receive, client.send)
+        await writing.wait()
+        assert not stream.write_now(lambda: b"data: 2\n\n")
+        go_on.set()
+        gate.set()
+    assert client.complete

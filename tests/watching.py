@@ -20,7 +20,7 @@ from lmx.config import Config
 from lmx.inference import InferenceQueue
 from lmx.registry import open_registry
 from lmx.runner_process import Runner
-from lmx.serve import Server
+from lmx.serve import Server, wired
 
 from .fake_runner import COMMAND
 from .folders import mlx_folder
@@ -50,8 +50,10 @@ def app_of(config: Config, queue: InferenceQueue | None = None) -> Starlette:
 class Live:
     def __init__(self, config: Config) -> None:
         self.queue = InferenceQueue(config)
-        app = app_of(config, self.queue)
-        options = uvicorn.Config(app, lifespan="on", log_config=None, ws="none", access_log=False)
+        app = wired(app_of(config, self.queue))
+        options = uvicorn.Config(
+            app, http="h11", lifespan="on", log_config=None, ws="none", access_log=False
+        )
         self.server = Server(options, self.queue, 0)
         self.client: httpx2.AsyncClient
 
@@ -68,6 +70,7 @@ async def live(folder: Path, **settings: Any) -> AsyncIterator[Live]:
     """The server on a socket; it stops in the end."""
     it = Live(config_of(folder, **settings))
     listener = socket.create_server(("127.0.0.1", 0))
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65536)  # its connections' too
     url = "http://{}:{}".format(*listener.getsockname())
     with anyio.fail_after(TIMEOUT):
         async with anyio.create_task_group() as tasks:
