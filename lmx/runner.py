@@ -69,8 +69,8 @@ from .selftest import check
 
 Loader = Callable[[Path, str, EngineSettings, int], Backend]
 
-FRAME_SECONDS = 0.02
-"""Text that comes faster goes out together: nobody sees more than 50 pieces a second, and being
+FRAME_SECONDS = 0.025
+"""Text that comes faster goes out together: nobody sees more than 40 pieces a second, and being
 woken costs server and client many times what a token does. vLLM and SGLang call it the stream
 interval and count it in tokens."""
 
