@@ -250,6 +250,8 @@ class Runner:
         if request.id in self._cancelled:
             return self._drop(request.id, request.finished(cancelled=True))
         self._preparing.discard(request.id)
+        if self._held:  # the next step may have a long prompt
+            self._tell([])
         self._requests[request.id] = request
         for sequence, answer in request.sequences:
             request.running[sequence.uid] = answer

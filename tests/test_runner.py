@@ -152,6 +152,27 @@ def test_nothing_overtakes_text_that_waits(tmp_path: Path, monkeypatch: pytest.M
     assert last.tokens == finished.completion_tokens
 
 
+def test_no_text_waits_for_a_prompt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is held goes out before a request starts, whose first step may be a long one."""
+
+    def held(event: AnyEvent) -> bool:
+        return isinstance(event, Delta) and event.id == 1 and event.tokens > 1
+
+    monkeypatch.setattr("lmx.runner.FRAME_SECONDS", math.inf)
+    with running(tmp_path, EngineSettings(context_length=10_000_000)) as (say, heard, _, _):
+        say(generate(1, "FOREVER a"))
+        heard.until(Delta, 1)
+        for id in range(2, 100):
+            say(generate(id, "b"))
+            heard.until(Finished, id)
+            if any(message and all(map(held, message)) for message in heard.messages):
+                break
+        else:
+            raise AssertionError("what was held came with the other's")
+        say(Cancel(1))
+        heard.until(Finished, 1)
+
+
 @pytest.mark.parametrize(
     ("params", "text", "finished"),
     [
