@@ -63,9 +63,12 @@ async def use(registry: Registry, name: str) -> None:
 
 
 async def settle() -> None:
-    """Let everything that can run do so."""
-    for _ in range(200):
+    """Let everything that can run do so, threads too."""
+    threads = anyio.to_thread.current_default_thread_limiter()
+    turns = 0
+    while turns < 200:
         await anyio.lowlevel.checkpoint()
+        turns = 0 if threads.borrowed_tokens else turns + 1
 
 
 async def until(condition: Any) -> None:
