@@ -15,9 +15,17 @@ from mlx_lm.models.cache import KVCache, make_prompt_cache
 
 from lmx.backends import Drafted, Prefilled, PrefillRate, Sequence, StepEvent, TokenEvent
 from lmx.backends.mlx import MLXBackend
-from lmx.backends.mlx_batch import MAX_PADDING, fit, place
+from lmx.backends.mlx_batch import MAX_PADDING, Row, fit, place
 from lmx.backends.mlx_cache import part, ragged, state
-from lmx.backends.mlx_prefill import KEPT_TOKENS, TAIL_TOKENS, prefill, prefill_together
+from lmx.backends.mlx_prefill import (
+    KEPT_TOKENS,
+    TAIL_TOKENS,
+    Prompt,
+    choose,
+    prefill,
+    prefill_together,
+)
+from lmx.backends.mlx_sampling import Sampler
 from lmx.config import EngineSettings
 from lmx.errors import ModelLoadFailed
 from lmx.generation import SamplingParams
@@ -390,6 +398,40 @@ def test_a_short_prompt_passes_a_long_one(tmp_path: Path) -> None:
     while backend._rows:
         order += [event.uid for event in backend.step() if isinstance(event, Prefilled)]
     assert order == [2, 3, 4, 5, 6, 7, 1]
+
+
+@pytest.mark.parametrize(
+    ("lengths", "budget", "passed", "chosen"),
+    [
+        ([18, 13, 12], 60, False, [12, 13, 18]),
+        ([18, 13, 12], 60, True, [18, 12, 13]),
+        ([18, 13, 12], 40, True, [18, 12]),
+        ([900, 13, 12], 60, False, [12, 13]),
+        ([900, 13, 12], 60, True, [900]),
+        ([900, 13, 12], 2048, True, [900]),
+    ],
+)
+def test_who_is_read_next(lengths: list[int], budget: int, passed: bool, chosen: list[int]) -> None:
+    """The shortest, or the oldest in its turn, with others while all fit into a slice."""
+    sampler = Sampler(1.0, 0, 1.0, 0.0)
+    rows = [
+        Row(Sequence(n, words(length), 4, FOREVER), sampler) for n, length in enumerate(lengths)
+    ]
+    found = choose([Prompt(row) for row in rows], budget, passed=passed, whole=True)
+    assert [prompt.left for prompt in found] == chosen
+
+
+def test_a_slice_has_no_crumbs(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a prompt leaves of it is too little for a forward pass, which costs the same."""
+    monkeypatch.setattr(PrefillRate, "slice_tokens", lambda *_, **__: 40)
+    backend = MLXBackend(path, EngineSettings(), PLENTY)
+    for n in range(2):
+        backend.add(Sequence(n, words(30, 100 * n), 4, FOREVER))
+    backend.step()
+    assert [prompt.done for prompt in backend._prompts] == [0]
+    backend.step()  # the others' turn
+    backend.step()
+    assert not backend._prompts
 
 
 @pytest.fixture(scope="module")

@@ -169,7 +169,7 @@ class MLXBackend:
         events, self._failed = self._failed, []
         context = max((prompt.done for prompt in self._prompts), default=0)
         budget = self._rate.slice_tokens(context, decoding=bool(self._batch.rows))
-        while self._prompts and budget > 0 and not self._owing:
+        while self._prompts and budget >= SLICE_TOKENS[0] and not self._owing:
             budget -= self._prefill(budget, events)
         # First tokens go out before the next ones are computed; those are put off only once.
         began = any(isinstance(event, TokenEvent) for event in events)

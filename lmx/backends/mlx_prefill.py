@@ -56,18 +56,16 @@ class Prompt:
 
 
 def choose(ready: list[Prompt], budget: int, *, passed: bool, whole: bool) -> list[Prompt]:
-    """Of those that wait for nothing, oldest first: the shortest, with others that are short too;
-    the oldest if it was `passed` last time. `whole`: caches need not be kept on the way."""
+    """Of those that wait for nothing, oldest first: the shortest, or the oldest if it was `passed`
+    last time; with others that are short too. `whole`: caches need not be kept on the way."""
     oldest = ready[0]
-    first, *others = sorted(ready, key=lambda prompt: prompt.left)
-    if passed:
-        first, others = oldest, []
+    first, *others = sorted(ready, key=lambda p: (passed and p is not oldest, p.left))
     chosen = [first]
     for prompt in others[: PREFILL_ROWS - 1]:
         several = [*chosen, prompt]
-        too_much = len(several) * prompt.left > budget
+        too_much = len(several) * max(p.left for p in several) > budget
         stops = not whole and prompt.row.length > SHORT_CELLS
-        unlike = first.left <= tail(several)
+        unlike = min(p.left for p in several) <= tail(several)
         if too_much or stops or unlike or not fit([p.row.length for p in several]):
             break
         chosen = several
